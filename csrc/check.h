@@ -1,0 +1,37 @@
+// Checks of a launcher's arguments. Each failure says name, expected, got, and reaches Python as
+// a ValueError.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "tensor.h"
+
+namespace ceg {
+
+template <typename... Parts>
+[[noreturn]] __attribute__((cold, noinline)) void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+#define CEG_CHECK(cond, ...)                   \
+  do {                                         \
+    if (!(cond)) [[unlikely]]                  \
+      ::ceg::fail(__VA_ARGS__);                \
+  } while (0)
+
+// -1 in an expected shape accepts any size; checks return nothing and throw std::invalid_argument.
+void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected);
+void check_dtype(const char* name, const Tensor& t, std::initializer_list<DType> expected);
+// On the CPU, with neighbours of the last dimension adjacent in memory.
+void check_rows(const char* name, const Tensor& t);
+// check_rows, and may be written.
+void check_output(const char* name, const Tensor& t);
+
+std::string shape_text(const Tensor& t);
+
+}  // namespace ceg

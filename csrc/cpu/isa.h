@@ -1,0 +1,21 @@
+// Kernel sources are compiled once per level of the instruction set; this picks the level.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace ceg {
+
+struct Kernels;  // kernels.h
+
+// The kernels of a level by name, or the best that this machine runs for "".
+// Throws std::invalid_argument for a level that is unknown, not built or not supported here.
+const Kernels& kernels(const std::string& isa);
+
+std::vector<std::string> built_isa_levels();
+std::vector<std::string> available_isa_levels();  // best last
+
+// The OpenMP default for threads <= 0.
+int thread_count(int threads);
+
+}  // namespace ceg
