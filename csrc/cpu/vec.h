@@ -1,0 +1,274 @@
+// SIMD vectors for one ISA level: load, convert, tail, store, stream, fma, reduce.
+//
+// Every kernel source is compiled once per level with -DCEG_ISA=<level> and the level's -m flags.
+// All code below sits in namespace ceg::CEG_ISA, so that the linker cannot fold a function of one
+// level into another. For the same reason kernels must not call out-of-line std:: templates.
+//
+// Vectors are GCC vector extensions: + - * / and comparisons are the language's, a scalar operand
+// is broadcast, and `a * b + c` becomes an fma (-ffp-contract=fast). Intrinsics stay in this file
+// and appear only where the compiler does not find the instruction; the maskz_ forms with a full
+// mask avoid GCC's false "used uninitialized" (bug 105593) and cost nothing.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef CEG_ISA
+#error "compile kernel sources with -DCEG_ISA=<level>"
+#endif
+
+namespace ceg::CEG_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+
+// Storage types. Arithmetic is never done in them.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T, int bytes = kVecBytes>
+struct VecOf {
+  typedef T type __attribute__((vector_size(bytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
+// Half-width integers that hold the 16-bit storage of one Vec<float>.
+using Half = typename VecOf<uint16_t, kVecBytes / 2>::type;
+template <class V>
+using Scalar = std::decay_t<decltype(std::declval<V&>()[0])>;
+
+// fp64 inputs are computed in double, everything else in float.
+template <class S>
+using ComputeOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // not Vec{} + x, which would turn -0 into +0
+}
+
+// ---- 16-bit formats ---------------------------------------------------------------------------
+
+inline Vec<float> widen(Half bits, bf16) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+}
+
+// Round to nearest even; NaN stays NaN. vcvtneps2bf16 is not used: it flushes denormals, and
+// results should not depend on the level.
+inline Half narrow(Vec<float> v, bf16) {
+  const auto u = reinterpret_cast<Vec<uint32_t>>(v);
+  const Vec<uint32_t> rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const Vec<uint32_t> bits = v != v ? (u | 0x400000u) : rounded;
+  return __builtin_convertvector(bits >> 16, Half);
+}
+
+inline Vec<float> widen(Half bits, f16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(bits)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  // Exponent and mantissa moved into place, then rescaled by 2^112: denormals come out exact.
+  const Vec<uint32_t> u = __builtin_convertvector(bits, Vec<uint32_t>);
+  const Vec<uint32_t> magnitude = (u & 0x7fffu) << 13;
+  const auto scaled = reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f;
+  const Vec<uint32_t> special = magnitude | 0x7f800000u;  // inf and NaN keep their mantissa
+  const Vec<uint32_t> value =
+      (u & 0x7c00u) == 0x7c00u ? special : reinterpret_cast<Vec<uint32_t>>(scaled);
+  return reinterpret_cast<Vec<float>>(value | ((u & 0x8000u) << 16));
+#endif
+}
+
+inline Half narrow(Vec<float> v, f16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Half>(_mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
+                                                      _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return reinterpret_cast<Half>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const auto u = reinterpret_cast<Vec<uint32_t>>(v);
+  const Vec<uint32_t> sign = (u >> 16) & 0x8000u;
+  const Vec<uint32_t> a = u & 0x7fffffffu;
+  // Normal: rebias, round to nearest even; a carry out of the mantissa gives inf by itself.
+  const Vec<uint32_t> normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Denormal: adding 0.5 makes the FPU round at the last half-precision denormal bit.
+  const auto shifted = reinterpret_cast<Vec<float>>(a) + 0.5f;
+  const Vec<uint32_t> tiny = reinterpret_cast<Vec<uint32_t>>(shifted) - 0x3f000000u;
+  const Vec<uint32_t> special =
+      a > 0x7f800000u ? (0x7e00u | (a >> 13 & 0x3ffu)) : (Vec<uint32_t>{} + 0x7c00u);
+  Vec<uint32_t> r = a < 0x38800000u ? tiny : normal;
+  r = a >= 0x47800000u ? special : r;
+  return __builtin_convertvector(r | sign, Half);
+#endif
+}
+
+// ---- load, store ------------------------------------------------------------------------------
+
+template <class C, class S>
+inline Vec<C> load(const S* p) {
+  if constexpr (std::is_same_v<C, S>) {
+    Vec<C> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    static_assert(std::is_same_v<C, float> && sizeof(S) == 2, "only bf16 and f16 are widened");
+    Half bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return widen(bits, S{});
+  }
+}
+
+template <class S, class V>
+inline void store(S* p, V v) {
+  if constexpr (std::is_same_v<Scalar<V>, S>) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    static_assert(std::is_same_v<Scalar<V>, float> && sizeof(S) == 2, "only float is narrowed");
+    const Half bits = narrow(v, S{});
+    std::memcpy(p, &bits, sizeof bits);
+  }
+}
+
+// The first n lanes (n >= kLanes means all); the others read as zero and memory past them is not
+// touched.
+template <class C, class S>
+inline Vec<C> load_n(const S* p, int64_t n) {
+  if (n >= kLanes<C>) return load<C>(p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (n <= 0) return Vec<C>{};
+  const uint32_t mask = (1u << n) - 1u;
+  if constexpr (std::is_same_v<S, float>) {
+    return reinterpret_cast<Vec<C>>(_mm512_maskz_loadu_ps(mask, p));
+  } else if constexpr (std::is_same_v<S, double>) {
+    return reinterpret_cast<Vec<C>>(_mm512_maskz_loadu_pd(mask, p));
+  } else {
+    return widen(reinterpret_cast<Half>(_mm256_maskz_loadu_epi16(mask, p)), S{});
+  }
+#else
+  S lanes[kLanes<C>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load<C>(lanes);
+#endif
+}
+
+template <class S, class V>
+inline void store_n(S* p, V v, int64_t n) {
+  if (n >= kLanes<Scalar<V>>) return store(p, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (n <= 0) return;
+  const uint32_t mask = (1u << n) - 1u;
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(v));
+  } else if constexpr (std::is_same_v<S, double>) {
+    _mm512_mask_storeu_pd(p, mask, reinterpret_cast<__m512d>(v));
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(narrow(v, S{})));
+  }
+#else
+  S lanes[kLanes<Scalar<V>>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+}
+
+// Bypasses the caches: for outputs larger than them. p must be aligned to the bytes written
+// (kStreamAlign<S>); call stream_fence() before other threads may read.
+template <class S>
+inline constexpr int kStreamAlign = kLanes<ComputeOf<S>> * static_cast<int>(sizeof(S));
+
+template <class S, class V>
+inline void stream(S* p, V v) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) == 2) {
+    const Half bits = narrow(v, S{});
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(bits));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(bits));
+#endif
+  } else {
+    static_assert(std::is_same_v<Scalar<V>, S>, "only float is narrowed");
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#endif
+  }
+#else
+  store(p, v);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------
+
+template <class V>
+inline V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+// b where either is NaN, like the x86 instructions: max(limit, x) hands a NaN of x on.
+template <class V>
+inline V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Scalar<V>, float>) {
+    return reinterpret_cast<V>(
+        _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  }
+#endif
+  return a > b ? a : b;
+}
+
+template <class V>
+inline V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+// Pairwise, so that the order does not depend on anything but the number of lanes.
+template <class V>
+inline Scalar<V> reduce_add(V v) {
+  constexpr int lanes = kLanes<Scalar<V>>;
+  Scalar<V> a[lanes];
+  std::memcpy(a, &v, sizeof a);
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) a[i] += a[i + width];
+  }
+  return a[0];
+}
+
+// NaN lanes are ignored.
+template <class V>
+inline Scalar<V> reduce_max(V v) {
+  constexpr int lanes = kLanes<Scalar<V>>;
+  Scalar<V> a[lanes];
+  std::memcpy(a, &v, sizeof a);
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
+  }
+  return a[0];
+}
+
+}  // namespace ceg::CEG_ISA
