@@ -1,0 +1,1 @@
+"""The study: which part of a speed-up is algorithm and which is hardware."""

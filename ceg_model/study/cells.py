@@ -1,0 +1,156 @@
+"""Cells, their targets and what makes a whole cell untrustworthy.
+
+A *cell* is one scale and budget: arms are compared inside a cell, seed by seed.
+
+Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute, averaged
+over seeds. At the very end the target would be the extreme of the baseline's own noise, and an arm
+that is equal would fail to reach it half of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ceg_model.study.crossing import NOISE, loss_at, noise_sd, rise
+from ceg_model.study.curves import Curve, CurveError
+
+MODES = ("crossing", "slope")
+TARGET_FRACTION = 0.8
+
+# Marketing peaks with 2:4 sparsity, in FLOP/s; dense is half of each.
+SPARSE_PEAKS = {
+    1979e12: "H100/H200 bf16",
+    3958e12: "H100/H200 fp8",
+    624e12: "A100 bf16",
+    1513e12: "H100 PCIe bf16",
+    733e12: "L40S bf16",
+}
+
+
+class OptionError(ValueError):
+    """An option of the estimator that does not fit the curves."""
+
+
+@dataclass(frozen=True)
+class Options:
+    baseline: str = "baseline"
+    target: float | None = None
+    target_at_flops: float | None = None
+    mode: str = "crossing"
+    peak_flops: float | None = None
+    same_maths: frozenset[str] = frozenset()
+    bundles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # From a throughput benchmark: scale -> arm -> F_v / F_b. Else F comes from the runs themselves.
+    hardware: Mapping[str, Mapping[str, float]] | None = None
+    untuned: bool = False
+
+
+@dataclass
+class Cell:
+    """One scale and budget: curves by arm and seed, and the target they are held to."""
+
+    name: str
+    curves: dict[str, dict[str, Curve]]
+    target: float | None = None
+    offer: float | None = None
+    flags: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+def make_cells(curves: Sequence[Curve], options: Options) -> list[Cell]:
+    if options.mode not in MODES:
+        extra = " (endpoint mode is not built yet)" if options.mode == "endpoint" else ""
+        raise OptionError(f"mode must be one of {', '.join(MODES)}, got {options.mode!r}{extra}")
+    names = list(dict.fromkeys(c.key.arm for c in curves))
+    if options.baseline not in names:
+        raise OptionError(f"--baseline must be one of {', '.join(names)}, got {options.baseline!r}")
+    if options.peak_flops in SPARSE_PEAKS:
+        raise OptionError(
+            f"--peak-flops must be a dense peak, got {options.peak_flops:g}: that is the sparse "
+            f"figure of {SPARSE_PEAKS[options.peak_flops]}, dense is {options.peak_flops / 2:g}"
+        )
+    cells: dict[str, Cell] = {}
+    for curve in curves:
+        name = "/".join(part for part in (curve.key.scale, curve.key.budget) if part)
+        cell = cells.setdefault(name, Cell(name, {}))
+        seeds = cell.curves.setdefault(curve.key.arm, {})
+        if curve.key.seed in seeds:
+            raise CurveError(
+                f"expected one curve for each arm, scale and seed, got two {curve.key}"
+            )
+        seeds[curve.key.seed] = curve
+    return list(cells.values())
+
+
+def choose_target(cell: Cell, options: Options) -> None:
+    base = [c for c in cell.curves.get(options.baseline, {}).values()]
+    for curve in base:
+        cell.refusals.extend(distrust(curve, options))
+    if not base:
+        cell.refusals.append(f"no run of {options.baseline} at this scale")
+    elif any(c.loss.size < 2 for c in base):
+        cell.refusals.append(f"{options.baseline} needs at least 2 evaluations")
+    if cell.refusals:
+        return
+    rises = [r for r in map(rise, base) if r is not None]
+    lowest = max(float(c.loss.min()) for c in base)
+    if rises:
+        cell.flags.append("rising_baseline")
+    if options.target_at_flops is not None:
+        _target_at(cell, base, options.target_at_flops)
+    elif options.target is not None:
+        cell.target = options.target
+        final = float(np.mean([c.loss[-1] for c in base]))
+        if rises and abs(options.target - final) < max(noise_sd(c) or 0.0 for c in base):
+            _refuse_risen(cell, final, lowest)
+    else:
+        at = [loss_at(c, TARGET_FRACTION * c.flops[-1], best=True) for c in base]
+        cell.target = max(float(np.mean(at)), lowest)
+
+
+def _target_at(cell: Cell, base: list[Curve], flops: float) -> None:
+    low = max(float(c.flops[0]) for c in base)
+    high = min(float(c.flops[-1]) for c in base)
+    if not low <= flops <= high * (1 + 1e-9):
+        cell.refusals.append(
+            f"--target-at-flops must lie within the baseline's curves, [{low:.4g}, {high:.4g}], "
+            f"got {flops:.4g}: that would be an extrapolation"
+        )
+        return
+    flops = min(flops, high)
+    raw = [loss_at(c, flops, best=False) for c in base]
+    best = [loss_at(c, flops, best=True) for c in base]
+    cell.target = float(np.mean(raw))
+    above = [
+        r - b > NOISE * max(noise_sd(c) or 0.0, 1e-9)
+        for r, b, c in zip(raw, best, base, strict=True)
+    ]
+    if any(above):
+        _refuse_risen(cell, cell.target, max(best))
+
+
+def _refuse_risen(cell: Cell, risen: float, minimum: float) -> None:
+    cell.flags.append("rising_baseline")
+    cell.offer = minimum
+    cell.refusals.append(
+        f"the baseline's loss has risen to {risen:.4f}, above its minimum by more than "
+        f"{NOISE:g} sd: a risen loss is no target; its minimum is {minimum:.4f}"
+    )
+
+
+def distrust(curve: Curve, options: Options) -> list[str]:
+    reasons = [f"{curve.key.arm} seed {curve.key.seed}: {p}" for p in curve.problems]
+    peak = options.peak_flops
+    if not reasons and peak is not None and curve.seconds is not None:
+        work = curve.flops if curve.executed_flops is None else curve.executed_flops
+        timed = curve.seconds > 0
+        rate = float((work[timed] / curve.seconds[timed]).max(initial=0.0))
+        if rate > peak:
+            reasons.append(
+                f"{curve.key.arm} seed {curve.key.seed}: FLOP/s must not exceed the peak "
+                f"{peak:.4g}, got {rate:.4g} (MFU {rate / peak:.2f} > 1)"
+            )
+    return reasons
