@@ -1,0 +1,40 @@
+"""Which backends a model's ops really run, and the FLOPs that they execute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ceg_kernels import OPS
+
+
+class OpCalls(TorchDispatchMode):
+    """Records the ceg ops that run inside: `with OpCalls() as calls: loss.backward()`.
+
+    backends: op -> name of the backend that ran it (several, comma-separated, when calls differ).
+    extra_flops: executed minus model FLOPs: the recomputation and padding of those backends, which
+    belong to hardware utilisation and never to C. A backend that does not say counts none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends: dict[str, str] = {}
+        self.extra_flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "ceg":
+            self._record(func._schema.name.removeprefix("ceg::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, name: str, args: tuple) -> None:
+        op = OPS[name]
+        backend = op.choose(*args)
+        names = set(self.backends.get(name, backend.name).split(",")) | {backend.name}
+        self.backends[name] = ",".join(sorted(names))
+        executed: Callable[..., int] | None = backend.executed_flops
+        if executed is not None:
+            self.extra_flops += executed(*args) - op.cost(*args).flops

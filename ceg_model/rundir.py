@@ -1,0 +1,142 @@
+"""The folder of one run: run.json, metrics.jsonl, ckpt/, result.json.
+
+run.json       what this run is; written before the first step
+metrics.jsonl  one row per logged step, append-only; rows after the checkpoint are cut on resume
+result.json    written last, by atomic rename: a run without it is unfinished and is resumed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+RUN, METRICS, RESULT, CHECKPOINTS = "run.json", "metrics.jsonl", "result.json", "ckpt"
+
+
+class RunDir:
+    """Context manager over the folder; while it is open no other process can train there."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / CHECKPOINTS
+        self._metrics: IO[str] | None = None
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunDir:
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"run folder {self.path} must be a folder, got a file")
+        if not (self.path / RUN).exists() and self.path.exists():
+            foreign = sorted(p.name for p in self.path.iterdir() if p.name != "lock")
+            if foreign:
+                raise ValueError(
+                    f"run folder {self.path} must be new, empty or a run's, got one with "
+                    f"{foreign[0]}"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ValueError(
+                f"run folder {self.path} must be free, got one that another process trains in"
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
+
+    def check_is(self, run: dict[str, Any]) -> None:
+        """Refuse the folder when it holds another run, and say in what it differs."""
+        found = read_json(self.path / RUN)
+        if found is None or found.get("id") == run["id"]:
+            return
+        differences = [
+            f"{part}.{key} {(found.get(part) or {}).get(key)!r} here, {value!r} asked for"
+            for part in ("model", "train", "data")
+            for key, value in run[part].items()
+            if (found.get(part) or {}).get(key) != value
+        ]
+        raise ValueError(
+            f"run folder {self.path} must hold run {run['id']}, got {found.get('id')}: "
+            + ("; ".join(differences) or "another version of the run format")
+        )
+
+    def run(self) -> dict[str, Any] | None:
+        return read_json(self.path / RUN)
+
+    def write_run(self, run: dict[str, Any]) -> None:
+        write_json(self.path / RUN, run)
+
+    def result(self) -> dict[str, Any] | None:
+        return read_json(self.path / RESULT)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_json(self.path / RESULT, result)
+
+    def start_metrics(self, last_step: int) -> None:
+        """Open the metrics for appending, without rows after `last_step` or a torn last line."""
+        rows = [row for row in read_metrics(self.path) if row["step"] <= last_step]
+        path = self.path / METRICS
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._metrics = path.open("a")
+
+    def append(self, row: dict[str, Any]) -> None:
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+
+    def sync_metrics(self) -> None:
+        """Before a checkpoint: its rows must not be younger than it."""
+        assert self._metrics is not None
+        os.fsync(self._metrics.fileno())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run, without a last line that a kill has torn."""
+    file = Path(path) / METRICS
+    if not file.is_file():
+        return []
+    lines = file.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{file} line {number} must be JSON, got {line[:60]!r}") from error
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

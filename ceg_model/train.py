@@ -1,0 +1,427 @@
+"""One training loop: one process, or several under torchrun.
+
+What a second is. `train_s` is the sum of the steps' own wall-clock time (data, forward, backward,
+clipping, optimizer; on a GPU between two device synchronisations). Evaluation, checkpoints, logging and
+start-up are outside. Before the first step of each process, `timing_warmup` whole steps are run on the
+first batch and then undone bit for bit (weights, buffers, optimizer, random numbers): compilation,
+autotuning, memory allocation and thread start-up happen there. So no step has to be left out or its
+time imputed, and every row pairs measured seconds with exactly the FLOPs that were done in them.
+
+What a FLOP is. `model_flops` is `ceg_model.gpt.model_flops` times the steps done: what the maths
+requires. `executed_flops` adds what the chosen backends recompute or pad (null if unknown).
+
+What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from
+(seed, s, micro-batch), never from what ran before: resuming is exact, arms that share a seed are
+paired, and two processes with one micro-batch each equal one process with two, up to fp32 rounding of
+the sum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ceg_kernels import use_backend
+from ceg_model import checkpoint, environment
+from ceg_model.config import GPTConfig
+from ceg_model.data import TokenData
+from ceg_model.gpt import build_model, model_flops
+from ceg_model.op_calls import OpCalls
+from ceg_model.process_group import ProcessGroup
+from ceg_model.progress import ProgressFn
+from ceg_model.rundir import CHECKPOINTS, RunDir, read_metrics
+from ceg_model.train_config import TrainConfig, learning_rate
+
+RUN_VERSION = 1  # part of a run's id: raise it when the same config would give another curve
+FLOP_CONVENTION = (
+    "ceg-1: matmuls and op costs, masked-out pairs and recomputation not counted, backward included"
+)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of this process; "auto" is the GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device must be one that torch can use here, got {device!r}")
+        if resolved.index is None:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun sets it
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast; "auto" is bf16 where the device has bf16 dot products."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = bool({"avx512_bf16", "amx_bf16", "bf16"} & environment.cpu_flags())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def run_id(model_config: GPTConfig, train_config: TrainConfig, data_hash: str) -> str:
+    """The name of a run: equal for equal configs, seed and data, whatever the machine."""
+    content = {
+        "version": RUN_VERSION,
+        "model": model_config.to_dict(),
+        "train": train_config.to_dict(),
+        "data": data_hash,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train(
+    model_config: GPTConfig,
+    train_config: TrainConfig,
+    data_dir: str | Path,
+    run_dir: str | Path,
+    *,
+    progress: ProgressFn | None = None,
+    stop_at: int | Callable[[], bool] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train, or go on training, the run in the folder `run_dir`; returns its result.json.
+
+    A finished run is returned as it is. `stop_at` (a step, or a function asked after each row) ends
+    this call early with a checkpoint and {"status": "stopped", "step": ...}; the next call goes on.
+    A loss that is not finite ends the run with status "failed" and a reason. `note` gets the rare
+    lines that a person must see.
+    """
+    data = TokenData(data_dir)
+    if data.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"vocab_size must be at least the {data.vocab_size} of the data in {data_dir}, "
+            f"got {model_config.vocab_size}"
+        )
+    description = run_description(model_config, train_config, data)
+    with ProcessGroup.joined(resolve_device(train_config.device)) as group, ExitStack() as stack:
+        folder: RunDir | None = None
+        finished: dict[str, Any] | None = None
+        if group.rank == 0:
+            folder = stack.enter_context(RunDir(run_dir))
+            folder.check_is(description)
+            finished = folder.result()
+        if (finished := group.from_first(finished)) is not None:
+            return finished
+        stack.enter_context(use_backend(train_config.backend))
+        trainer = _Trainer(model_config, train_config, data, group)
+        return trainer.run(
+            folder, Path(run_dir), description, progress=progress, stop_at=stop_at, note=note
+        )
+
+
+def run_description(
+    model_config: GPTConfig, train_config: TrainConfig, data: TokenData
+) -> dict[str, Any]:
+    """What a run is, before anything ran: the part of run.json that its id covers."""
+    return {
+        "id": run_id(model_config, train_config, data.hash),
+        "model": model_config.to_dict(),
+        "train": train_config.to_dict(),
+        "data": {k: v for k, v in data.manifest.items() if k not in ("shards", "source")},
+        "flop_convention": FLOP_CONVENTION,
+    }
+
+
+class _Trainer:
+    """Model, optimizer and data of one run in this process."""
+
+    def __init__(
+        self, model_config: GPTConfig, config: TrainConfig, data: TokenData, group: ProcessGroup
+    ):
+        self.config, self.data, self.group = config, data, group
+        self.seq_len = model_config.seq_len
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        if config.grad_accum % group.world:
+            raise ValueError(
+                f"grad_accum must be a multiple of the {group.world} processes, "
+                f"got {config.grad_accum}"
+            )
+        torch.manual_seed(config.seed)
+        self.model = build_model(model_config).to(self.device)
+        self.compiled = torch.compile(self.model) if config.compile else self.model
+        self.parallel = group.data_parallel(self.compiled, self.device)
+        self.optimizer = _adamw(self.model, config)
+        sequences = config.batch_size * config.grad_accum
+        self.tokens_per_step = sequences * self.seq_len
+        self.model_flops = model_flops(model_config, batch=sequences).total
+        self.executed_flops = self.model_flops  # until _warm_up has seen the backends
+        self.backends: dict[str, str] = {}
+
+    def run(
+        self,
+        folder: RunDir | None,
+        run_dir: Path,
+        description: dict[str, Any],
+        *,
+        progress: ProgressFn | None,
+        stop_at: int | Callable[[], bool] | None,
+        note: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Train to the end or to `stop_at`. Only the first process has a `folder`."""
+        self._warm_up()
+        step, train_s = self._resume(run_dir, description["id"], note)
+        if folder is not None:
+            folder.write_run({**description, **self._circumstances(folder, step)})
+            folder.start_metrics(step)
+        loss, reason = math.nan, ""
+        while step < self.config.steps and not reason:
+            until = self._next_row(step, stop_at)
+            loss, norm, seconds, reason = self._timed_steps(step + 1, until)
+            step, train_s = until, train_s + seconds
+            row = self._row(step, loss, norm, train_s)
+            if not reason and self._due(step, self.config.eval_every):
+                row["eval_loss"] = self._evaluate()
+                reason = _not_finite("eval_loss", step, row["eval_loss"])
+            if folder is not None:
+                folder.append({k: _finite_or_none(v) for k, v in row.items()})
+            if progress is not None:
+                progress(step, self.config.steps, _state(row))
+            if reason:
+                break
+            stop = self._stops(step, stop_at)
+            if stop or self._due(step, self.config.checkpoint_every):
+                self._save(folder, step, train_s, description["id"])
+            if stop:
+                return {"status": "stopped", "id": description["id"], "step": step}
+        result = None
+        if folder is not None:
+            result = self._result(folder, description["id"], step, reason)
+            folder.write_result(result)
+        return self.group.from_first(result)
+
+    def _warm_up(self) -> None:
+        """See the module's docstring. Every trace is undone; random numbers are seeded per step."""
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        x, y = self._micro_batch(1, 0)
+        with OpCalls() as calls:
+            self._loss(self.model, x, y).backward()
+        self.backends = dict(sorted(calls.backends.items()))
+        self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.config.timing_warmup):
+            self._step(1)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(before[name])
+        self.optimizer.state.clear()
+
+    def _resume(self, run_dir: Path, run_id: str, note: Callable[[str], None]) -> tuple[int, float]:
+        state = checkpoint.load(
+            run_dir / CHECKPOINTS, self.model, self.optimizer, run_id=run_id, note=note
+        )
+        if state is None:
+            return 0, 0.0
+        found, here = (state["device"], state["dtype"]), (self.device.type, str(self.dtype))
+        if found != here:
+            raise ValueError(
+                f"run {run_dir} must go on with the device and dtype it began with, "
+                f"{' '.join(found)}, got {' '.join(here)}; set device and dtype"
+            )
+        return state["step"], state["train_s"]
+
+    def _save(self, folder: RunDir | None, step: int, train_s: float, run_id: str) -> None:
+        if folder is not None:
+            folder.sync_metrics()
+            state = {"step": step, "train_s": train_s, "run_id": run_id}
+            state |= {"device": self.device.type, "dtype": str(self.dtype)}
+            checkpoint.save(folder.checkpoints, self.model, self.optimizer, state)
+        self.group.barrier()
+
+    def _timed_steps(self, first: int, last: int) -> tuple[float, float, float, str]:
+        """Steps first..last: mean loss, last gradient norm, seconds, and what is wrong or ""."""
+        _synchronize(self.device)
+        start = time.perf_counter()
+        outcomes = [torch.stack(self._step(step)) for step in range(first, last + 1)]
+        values = torch.stack(outcomes).double().cpu()  # waits for the device
+        seconds = time.perf_counter() - start
+        reason = ""
+        for step, (loss, norm) in enumerate(values.tolist(), first):
+            reason = reason or _not_finite("loss", step, loss) or _not_finite("grad", step, norm)
+        return values[:, 0].mean().item(), values[-1, 1].item(), seconds, reason
+
+    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; its mean loss over all processes, and the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        own = range(self.group.rank, self.config.grad_accum, self.group.world)
+        total = torch.zeros((), device=self.device)
+        for i in own:
+            x, y = self._micro_batch(step, i)
+            torch.manual_seed(_seed(self.config.seed, step, i))
+            with self.group.accumulating(self.parallel, more=i != own[-1]):
+                loss = self._loss(self.parallel, x, y) / len(own)
+                loss.backward()
+            total += loss.detach()
+        total = self.group.mean(total)
+        limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, norm
+
+    def _micro_batch(self, step: int, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size, count = self.config.batch_size, self.config.grad_accum
+        x, y = self.data.train_batch(step, size * count, self.seq_len, self.config.seed)
+        part = slice(i * size, (i + 1) * size)
+        return self._to_device(x[part]), self._to_device(y[part])
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            return model(x, y)[1]
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Mean loss over the fixed batches of the validation split."""
+        count = self.config.eval_batches
+        batches = self.data.val_batches(self.config.batch_size, self.seq_len, count)
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, (x, y) in enumerate(batches):
+            if i % self.group.world == self.group.rank:
+                total += self._loss(self.compiled, self._to_device(x), self._to_device(y))
+        self.model.train()
+        return self.group.mean(total).item() * self.group.world / count
+
+    def _next_row(self, step: int, stop_at: int | Callable[[], bool] | None) -> int:
+        """The step at whose end something is due: a row, an evaluation, a checkpoint, a stop."""
+        config = self.config
+        periods = (config.log_every, config.eval_every, config.checkpoint_every or config.steps)
+        ends = [config.steps, *((step // period + 1) * period for period in periods)]
+        if isinstance(stop_at, int) and stop_at > step:
+            ends.append(stop_at)
+        return min(ends)
+
+    def _due(self, step: int, period: int | None) -> bool:
+        return step == self.config.steps or (period is not None and step % period == 0)
+
+    def _stops(self, step: int, stop_at: int | Callable[[], bool] | None) -> bool:
+        if stop_at is None or step == self.config.steps:
+            return False
+        if callable(stop_at):
+            # one process decides, or a clock could part them
+            return self.group.from_first(stop_at() if self.group.rank == 0 else None)
+        return step >= stop_at
+
+    def _row(self, step: int, loss: float, norm: float, train_s: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "loss": loss,
+            "eval_loss": None,
+            "model_flops": step * self.model_flops,
+            "executed_flops": step * self.executed_flops,
+            "train_s": train_s,
+            "lr": learning_rate(self.config, step),
+            "grad_norm": norm,
+        }
+
+    def _circumstances(self, folder: RunDir, step: int) -> dict[str, Any]:
+        """The part of run.json that depends on the machine, with one entry per session."""
+        earlier = (folder.run() or {}).get("sessions", [])
+        session = {"from_step": step, "processes": self.group.world}
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backends": self.backends,
+            "n_params": sum(p.numel() for p in self.model.parameters()),
+            "model_flops_per_step": self.model_flops,
+            "executed_flops_per_step": self.executed_flops,
+            "sessions": [*earlier, {**session, **environment.describe(self.device)}],
+        }
+
+    def _result(self, folder: RunDir, run_id: str, step: int, reason: str) -> dict[str, Any]:
+        rows = read_metrics(folder.path)
+        evaluated = [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
+        step_s = _median_step_s(rows)
+        result = {"status": "failed", "reason": reason} if reason else {"status": "done"}
+        return {
+            **result,
+            "id": run_id,
+            "steps": step,
+            "tokens": step * self.tokens_per_step,
+            "eval_loss": evaluated[-1] if evaluated else None,
+            "bits_per_byte": self.data.bits_per_byte(evaluated[-1]) if evaluated else None,
+            "loss": rows[-1]["loss"],
+            "model_flops": step * self.model_flops,
+            "executed_flops": step * self.executed_flops,
+            "train_s": rows[-1]["train_s"],
+            "step_s_median": step_s,
+            "tokens_per_s": self.tokens_per_step / step_s,
+            "n_params": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backends": self.backends,
+            "device": environment.device_name(self.device),
+            "versions": environment.versions(),
+        }
+
+
+def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: norms' weights, biases and the like have no scale to lose."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def _seed(*parts: int) -> int:
+    """One 63-bit seed out of several numbers, without the collisions of their sum."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_step_s(rows: list[dict[str, Any]]) -> float:
+    start = {"step": 0, "train_s": 0.0}
+    return statistics.median(
+        (b["train_s"] - a["train_s"]) / (b["step"] - a["step"])
+        for a, b in zip([start, *rows], rows, strict=False)
+    )
+
+
+def _not_finite(name: str, step: int, value: float) -> str:
+    return "" if math.isfinite(value) else f"{name} at step {step} must be finite, got {value}"
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _state(row: dict[str, Any]) -> str:
+    text = f"loss {row['loss']:.4f}"
+    return text if row["eval_loss"] is None else f"{text}  eval {row['eval_loss']:.4f}"
