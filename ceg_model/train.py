@@ -1,19 +1,18 @@
 """One training loop: one process, or several under torchrun.
 
-What a second is. `train_s` is the sum of the steps' own wall-clock time (data, forward, backward,
-clipping, optimizer; on a GPU between two device synchronisations). Evaluation, checkpoints, logging and
-start-up are outside. Before the first step of each process, `timing_warmup` whole steps are run on the
-first batch and then undone bit for bit (weights, buffers, optimizer, random numbers): compilation,
-autotuning, memory allocation and thread start-up happen there. So no step has to be left out or its
-time imputed, and every row pairs measured seconds with exactly the FLOPs that were done in them.
+What a second is. `train_s` is the sum of the steps' own wall-clock time: data, forward, backward,
+clipping, optimizer; on a GPU between two device synchronisations. Evaluation, checkpoints, logging
+and start-up are outside. Before the first step of each process, `timing_warmup` whole steps are
+run on the first batch and then undone bit for bit: compilation, autotuning, memory allocation and
+thread start-up happen there. So no step has to be left out or its time imputed, and every row
+pairs measured seconds with exactly the FLOPs that were done in them.
 
 What a FLOP is. `model_flops` is `ceg_model.gpt.model_flops` times the steps done: what the maths
-requires. `executed_flops` adds what the chosen backends recompute or pad (null if unknown).
+requires. `executed_flops` adds what the chosen backends recompute or pad, as far as they say.
 
-What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from
-(seed, s, micro-batch), never from what ran before: resuming is exact, arms that share a seed are
-paired, and two processes with one micro-batch each equal one process with two, up to fp32 rounding of
-the sum.
+What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from (seed, s,
+micro-batch), never from what ran before: resuming is exact, arms that share a seed are paired, and
+two processes with one micro-batch each equal one process with two, up to fp32 rounding of the sum.
 """
 
 from __future__ import annotations
@@ -380,7 +379,7 @@ class _Trainer:
 
 
 def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: norms' weights, biases and the like have no scale to lose."""
+    """AdamW that decays matrices only, not biases or the weights of norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -77,7 +77,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of to_dict. Fields left out take their defaults; an unknown one is an error."""
+        """The inverse of to_dict. Fields left out take defaults; an unknown one is an error."""
         known = [f.name for f in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
