@@ -230,15 +230,10 @@ inline V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// b where either is NaN, like the x86 instructions: max(limit, x) hands a NaN of x on.
+// b where either is NaN, like the x86 instructions GCC makes of them: max(limit, x) hands a NaN of
+// x on.
 template <class V>
 inline V max(V a, V b) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Scalar<V>, float>) {
-    return reinterpret_cast<V>(
-        _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-  }
-#endif
   return a > b ? a : b;
 }
 
@@ -247,28 +242,34 @@ inline V min(V a, V b) {
   return a < b ? a : b;
 }
 
-// Pairwise, so that the order does not depend on anything but the number of lanes.
-template <class V>
-inline Scalar<V> reduce_add(V v) {
-  constexpr int lanes = kLanes<Scalar<V>>;
-  Scalar<V> a[lanes];
-  std::memcpy(a, &v, sizeof a);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
-  }
-  return a[0];
+template <class V, int... lane>
+inline auto half(V v, int first, std::integer_sequence<int, lane...>) {
+  constexpr int n = sizeof...(lane);
+  return first == 0 ? __builtin_shufflevector(v, v, lane...)
+                    : __builtin_shufflevector(v, v, (lane + n)...);
 }
 
-// NaN lanes are ignored.
+// Folds the upper half onto the lower until one lane is left.
+template <class V, class Combine>
+inline Scalar<V> reduce(V v, Combine combine) {
+  constexpr int lanes = sizeof(V) / sizeof(Scalar<V>);
+  if constexpr (lanes == 2) {
+    return combine(v[0], v[1]);
+  } else {
+    using Lanes = std::make_integer_sequence<int, lanes / 2>;
+    return reduce(combine(half(v, 0, Lanes{}), half(v, 1, Lanes{})), combine);
+  }
+}
+
+template <class V>
+inline Scalar<V> reduce_add(V v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+
+// A NaN lane may be ignored.
 template <class V>
 inline Scalar<V> reduce_max(V v) {
-  constexpr int lanes = kLanes<Scalar<V>>;
-  Scalar<V> a[lanes];
-  std::memcpy(a, &v, sizeof a);
-  for (int width = lanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
-  }
-  return a[0];
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 }  // namespace ceg::CEG_ISA
