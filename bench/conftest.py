@@ -1,0 +1,119 @@
+"""What the benchmark run reports: a roofline table at the end, and rows on request."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ceg_kernels.measure import Case, Result, Roofs, cases, measure, run_case
+from ceg_kernels.measure.suite import DTYPES, STOCK
+from ceg_kernels.measure.table import render, roofs_lines
+
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per case and backend; those of one case stay together, so that they interleave."""
+    if not {"case", "backend"} <= set(metafunc.fixturenames):
+        return
+    config = metafunc.config
+    found = [
+        pytest.param(case, backend, id=f"{case}-{backend}")
+        for case in cases(
+            config.getoption("--shapes"), dtypes=_dtypes(config), device=_device(config)
+        )
+        for backend in case.backends()
+        if config.getoption("peers") or backend not in STOCK
+    ]
+    metafunc.parametrize(("case", "backend"), found)
+
+
+class Measured:
+    """Runs each case once, for all of its backends that were selected; keeps the latest only."""
+
+    def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        self.config = config
+        self.backends: dict[Case, list[str]] = {}
+        for item in items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if "case" in params and "backend" in params:
+                self.backends.setdefault(params["case"], []).append(params["backend"])
+        self.roofs: Roofs | None = None
+        self.case: Case | None = None
+        self.args: tuple = ()
+        self.results: dict[str, Result] = {}
+
+    def arguments(self, case: Case) -> tuple:
+        if case != self.case:
+            self.case, self.args, self.results = case, case.args(), {}
+        return self.args
+
+    def result(self, case: Case, backend: str) -> Result | None:
+        if case != self.case or not self.results:
+            if self.roofs is None:
+                self.roofs = measure(case.device)
+            self.case = case
+            self.results = run_case(case, self.backends[case], roofs=self.roofs)
+            self.config.stash[ROWS].extend(result.row for result in self.results.values())
+        return self.results.get(backend)
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Measured:
+    return Measured(request.config, request.session.items)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    roofs = measure(_device(config))
+    machine_info["ceg"] = {
+        "device": roofs.device_name, "threads": roofs.threads, "flops": roofs.flops,
+        "copy_bytes_per_s": roofs.copy_bytes_per_s, "versions": roofs.versions,
+    }  # fmt: skip
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    from rich.console import Console
+
+    console = Console(width=None if terminalreporter.isatty else 200)
+    terminalreporter.section("roofs of this machine, measured")
+    roofs = measure(_device(config))
+    terminalreporter.write_line("\n".join(roofs_lines(roofs)))
+    terminalreporter.section("benchmarks")
+    console.print(render(rows))
+    if (target := config.getoption("--results")) is not None:
+        path = results_path(Path(target), roofs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        terminalreporter.write_line(f"appended {len(rows)} rows to {path}")
+
+
+def results_path(target: Path, roofs: Roofs) -> Path:
+    if target.suffix:
+        return target
+    return target / f"{re.sub(r'[^A-Za-z0-9.]+', '-', roofs.device_name).strip('-')}.jsonl"
+
+
+def _dtypes(config: pytest.Config) -> list[str]:
+    names = [name.strip() for name in config.getoption("--dtypes").split(",")]
+    for name in names:
+        if name not in (*DTYPES, "float16", "float64"):
+            raise pytest.UsageError(f"--dtypes must name torch float dtypes, got {name!r}")
+    return names
+
+
+def _device(config: pytest.Config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")

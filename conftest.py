@@ -1,0 +1,60 @@
+"""Options of the benchmarks, here at the root so that they hold wherever pytest is started.
+
+`--benchmark` turns `pytest bench/` from a smoke test (every body runs once) into benchmarks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+SHAPE_GROUPS = ("quick", "gpt2", "llama", "moe", "all")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ceg", "benchmarks of ceg_kernels")
+    group.addoption(
+        "--benchmark", action="store_true", default=False,
+        help="time the benchmarks in bench/ (and run nothing else); without it each runs once",
+    )  # fmt: skip
+    group.addoption(
+        "--shapes", choices=SHAPE_GROUPS, default="quick",
+        help="which named shapes to bench (default: %(default)s)",
+    )  # fmt: skip
+    group.addoption(
+        "--dtypes", default="float32,bfloat16", help="dtypes to bench (default: %(default)s)"
+    )
+    group.addoption(
+        "--device", default=None, help="cpu or cuda (default: cuda where torch can use a GPU)"
+    )
+    group.addoption(
+        "--peers", action="store_true", dest="peers", default=True,
+        help="time stock torch and the reference beside ours (the default)",
+    )  # fmt: skip
+    group.addoption(
+        "--no-peers", action="store_false", dest="peers", help="time only our own backends"
+    )
+    group.addoption(
+        "--results", metavar="PATH", default=None,
+        help="append the rows to this .jsonl file; a folder gets <machine>.jsonl in it",
+    )  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its own options
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    wanted = config.getoption("--benchmark")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        if wanted:
+            raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e .[bench]")
+        return
+    option = config.option
+    if not wanted:
+        option.benchmark_disable = not option.benchmark_enable
+        return
+    option.benchmark_only = True
+    # Its table of seconds is left out where ours says the same; whoever asks for a comparison, a
+    # histogram or more words gets it.
+    asked = (option.benchmark_compare, option.benchmark_histogram, option.benchmark_verbose)
+    option.benchmark_quiet = not any(asked)

@@ -1,0 +1,304 @@
+"""The clock, the roofs and the rows: numbers whose truth is known beforehand.
+
+Left out: the CUDA clock (needs a GPU). Bounds are on ratios within one run where they can be, since
+other work on the machine slows both sides alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+import ceg_kernels
+from ceg_kernels.measure import (
+    ROW_KEYS,
+    Case,
+    Roofs,
+    Timing,
+    attainable,
+    bench_row,
+    call_seconds,
+    cases,
+    measure,
+    quick_bench,
+    run_case,
+    suite,
+    time_interleaved,
+)
+from ceg_kernels.measure import ceilings as ceilings_module
+from ceg_kernels.measure.clock import quantile
+from ceg_kernels.measure.roofline import least_seconds
+from ceg_kernels.measure.table import render, roofs_lines
+from ceg_kernels.op import Cost
+
+ROOFS = Roofs(
+    device_name="made up", device="cpu", threads=2,
+    flops={"float32": 400e9, "bfloat16": None}, flops_source={"float32": "fma", "bfloat16": None},
+    copy_bytes_per_s=40e9, copy_source="native", fma_flops={}, matmul_flops={},
+    cache_bytes=1 << 20, cpu_share=None, versions={"torch": "0"},
+)  # fmt: skip
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache folder of its own, on a machine that is as good as quiet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(ceilings_module, "_cpu_share", lambda threads, seconds: 1.0)
+    return tmp_path
+
+
+def test_quantile_is_numpys():
+    import numpy as np
+
+    values = torch.randn(17, generator=torch.Generator().manual_seed(0)).tolist()
+    for q in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert quantile(values, q) == pytest.approx(np.quantile(values, q), rel=1e-12)
+
+
+@pytest.mark.parametrize("seconds", [0.003, 0.02])
+def test_a_sleep_is_timed_within_5_percent(seconds):
+    """Against what the kernel says that the sleep took: it may oversleep, the clock may not."""
+    slept = []
+
+    def sleep():
+        begun = time.monotonic_ns()
+        time.sleep(seconds)
+        slept.append((time.monotonic_ns() - begun) * 1e-9)
+
+    timing = time_interleaved({"sleep": sleep})["sleep"]
+    assert timing.median_s == pytest.approx(quantile(slept, 0.5), rel=0.05)
+    assert min(timing.samples) >= seconds
+    assert timing.p20_s <= timing.median_s <= timing.p80_s
+
+
+def test_short_calls_are_looped_and_ratios_hold():
+    x = torch.ones(1000)
+
+    def once():
+        x.add_(1)
+
+    def four_times():
+        for _ in range(4):
+            x.add_(1)
+
+    timings = time_interleaved({"one": once, "four": four_times}, min_time_s=0.1)
+    assert timings["one"].rounds == timings["four"].rounds >= 5
+    assert timings["four"].median_s / timings["one"].median_s == pytest.approx(4, rel=0.25)
+
+
+def test_variants_take_turns():
+    seen = []
+    calls = [lambda: seen.append("a"), lambda: seen.append("b")]
+    time_interleaved({"both": calls}, min_time_s=0.01)
+    assert abs(seen.count("a") - seen.count("b")) <= 0.02 * len(seen)
+
+
+def test_peers_are_interleaved():
+    order = []
+    calls = {name: lambda name=name: (order.append(name), time.sleep(2e-3)) for name in "abc"}
+    time_interleaved(calls, min_time_s=0.01, min_rounds=6)
+    rounds = ["".join(order[-18:][i : i + 3]) for i in range(0, 18, 3)]
+    assert sorted(set(rounds)) == ["abc", "bca", "cab"]
+
+
+def test_slow_calls_get_fewer_rounds():
+    timing = time_interleaved({"slow": lambda: time.sleep(0.05)}, max_time_s=0.1)["slow"]
+    assert timing.rounds == 3
+
+
+def test_call_seconds_is_the_callers_wait():
+    assert call_seconds(lambda: time.sleep(0.005)) == pytest.approx(0.005, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("calls", "options", "match"),
+    [
+        ({"f": []}, {}, r"calls\['f'\] must hold at least one callable, got none"),
+        ({"f": print}, {"device": "tpu"}, "device must be cpu or cuda, got tpu"),
+        ({"f": print}, {"min_rounds": 1}, "min_rounds must be at least 3 for p20 and p80, got 1"),
+    ],
+)
+def test_clock_refuses(calls, options, match):
+    with pytest.raises(ValueError, match=match):
+        time_interleaved(calls, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("use", [lambda d: time_interleaved({"f": print}, device=d), measure])
+def test_without_a_gpu_cuda_is_refused(use):
+    with pytest.raises(RuntimeError, match="device cuda must be a CUDA GPU that torch can use"):
+        use("cuda")
+
+
+def test_roofs_are_measured_and_cached(own_cache):
+    roofs = measure(seconds=0.03)
+    assert roofs.threads == torch.get_num_threads()
+    for name, peak in roofs.flops.items():
+        known = [v for v in (roofs.fma_flops[name], roofs.matmul_flops[name]) if v]
+        assert peak == max(known)
+        assert roofs.flops_source[name] in ("fma", "matmul")
+    assert measure() == roofs  # read back, not measured: two measurements are never equal
+    assert len(list(own_cache.rglob("*.json"))) == 1
+    assert measure(refresh=True, seconds=0.03) != roofs
+    assert "GB/s read + written" in "\n".join(roofs_lines(roofs))
+
+
+def test_roofs_of_a_busy_machine_are_not_kept(own_cache, monkeypatch):
+    monkeypatch.setattr(ceilings_module, "_cpu_share", lambda threads, seconds: 0.5)
+    with pytest.warns(UserWarning, match="left this one 50% of its threads' time"):
+        measure(seconds=0.02)
+    assert not list(own_cache.rglob("*.json"))
+
+
+def test_a_broken_cache_is_measured_again(own_cache):
+    path = ceilings_module.cache_path()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 1')
+    roofs = measure(seconds=0.02)
+    assert json.loads(path.read_text())["device_name"] == roofs.device_name
+
+
+def test_an_unwritable_cache_costs_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(ceilings_module, "_cpu_share", lambda threads, seconds: 1.0)
+    with pytest.warns(UserWarning, match="the roofs could not be kept"):
+        measure(seconds=0.02)
+
+
+def test_without_the_native_core_its_roofs_are_none(own_cache, monkeypatch):
+    monkeypatch.setattr(ceilings_module, "_native", lambda: None)
+    roofs = measure(seconds=0.02)
+    assert set(roofs.fma_flops.values()) == {None}
+    assert roofs.copy_source == "torch"
+
+
+def test_the_clock_gives_known_work_its_roof(own_cache):
+    """A copy and a matmul, timed anew, reach the roofs that were measured with them."""
+    roofs = measure(seconds=0.3)
+    x = torch.ones(64 << 20)
+    y = torch.zeros_like(x)
+    a = torch.randn(2048, 2048)
+    out = torch.empty_like(a)
+    timings = time_interleaved(
+        {"copy": lambda: y.copy_(x), "mm": lambda: torch.mm(a, a, out=out)}, min_time_s=1.0
+    )
+    assert roofs.copy_bytes_per_s is not None
+    assert roofs.matmul_flops["float32"] is not None
+    torch_copy = 2 * x.nbytes / min(timings["copy"].samples)
+    assert torch_copy <= 1.1 * roofs.copy_bytes_per_s
+    assert 2 * 2048**3 / min(timings["mm"].samples) == pytest.approx(
+        roofs.matmul_flops["float32"], rel=0.1
+    )
+
+
+def test_bound_and_attainable():
+    assert ROOFS.ridge("float32") == 10.0
+    low, high = Cost(flops=5, bytes=1), Cost(flops=20, bytes=1)
+    assert least_seconds(low, "float32", ROOFS) == (1 / 40e9, "memory")
+    assert least_seconds(high, "float32", ROOFS) == (20 / 400e9, "compute")
+    assert attainable(low, "float32", ROOFS) == 5 * 40e9
+    assert attainable(high, "float32", ROOFS) == 400e9
+    assert attainable(high, "bfloat16", ROOFS) is None
+    # Nothing to compute needs no compute roof.
+    assert least_seconds(Cost(0, 40), "bfloat16", ROOFS) == (1e-9, "memory")
+
+
+def _row(timing=None, **changes):
+    arguments = {
+        "op": "rms_norm", "direction": "fwd", "backend": "cpu", "peer": None, "shape": "s",
+        "dtype": "float32", "device": "cpu", "cost": Cost(flops=4000, bytes=8000), "roofs": ROOFS,
+        "timing": timing,
+    }  # fmt: skip
+    return bench_row(**{**arguments, **changes})
+
+
+def test_row_arithmetic():
+    timing = Timing((1e-6, 2e-6, 4e-6), call_s=3e-6)
+    row = _row(timing, reference=Timing((8e-6,) * 3), error_over_slack=0.5)
+    assert tuple(row) == ROW_KEYS
+    assert (row["median_s"], row["call_s"], row["status"]) == (2e-6, 3e-6, "ok")
+    assert row["gflops"] == pytest.approx(2.0)
+    assert row["gbytes_per_s"] == pytest.approx(4.0)
+    assert (row["intensity"], row["bound"]) == (0.5, "memory")
+    assert row["roof_fraction"] == pytest.approx(0.1)
+    assert row["speedup_vs_reference"] == pytest.approx(4.0)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_unknown_roofs_stay_unknown():
+    row = _row(Timing((1e-6,) * 3), dtype="bfloat16")
+    assert row["bound"] is None
+    assert row["roof_fraction"] is None
+
+
+def test_cases_cover_every_op():
+    found = list(cases("quick"))
+    assert {op.name for case in found for op in case.ops} == set(ceg_kernels.OPS)
+    assert len(set(map(str, found))) == len(found)
+    with pytest.raises(ValueError, match=r"shapes must be one of quick, .*, got 'huge'"):
+        next(cases("huge"))
+
+
+RMS = Case("rms_norm", "fwd", "quick-2048x768", "float32", "cpu")
+
+
+def test_rows_carry_the_declared_cost():
+    results = run_case(RMS, ["torch", "reference"], roofs=ROOFS, min_time_s=0.02)
+    cost = ceg_kernels.OPS["rms_norm"].cost(*RMS.args())
+    for result in results.values():
+        assert (result.row["flops"], result.row["bytes"]) == (cost.flops, cost.bytes)
+        assert result.row["median_s"] == result.timing.median_s
+    assert results["reference"].row["speedup_vs_reference"] == 1.0
+    assert "rms_norm" in _text(render([result.row for result in results.values()]))
+
+
+def test_a_broken_kernel_is_not_timed(monkeypatch):
+    op = ceg_kernels.OPS["rms_norm"]
+    ran = []
+
+    def broken(*args):
+        ran.append(args)
+        y, summed, rstd = op.reference(*args)
+        y[0] *= 1.01
+        return y, summed, rstd
+
+    ours = dataclasses.replace(op.backends[0], name="ours", run=broken, why_not=lambda *a: None)
+    monkeypatch.setattr(op, "backends", (ours, *op.backends))
+    results = run_case(RMS, ["ours", "reference"], roofs=ROOFS, min_time_s=0.02)
+    row = results["ours"].row
+    assert len(ran) == 1
+    assert row["median_s"] is None
+    assert row["max_error_over_slack"] > 1
+    assert row["status"].startswith("not timed: error is ")
+    assert results["reference"].row["status"] == "ok"
+    assert row["status"] in _text(render([row]))
+
+
+@pytest.mark.parametrize("backend", suite.STOCK)
+def test_forward_backward_runs_under_autograd(backend):
+    case = dataclasses.replace(RMS, direction="fwd_bwd")
+    args = case.args()
+    dx, dweight = case.call(backend, args)()[:2]
+    assert dx.shape == args[0].shape
+    assert dweight.shape == args[1].shape
+
+
+def test_quick_bench_smoke():
+    begun = time.monotonic()
+    rows = quick_bench(smoke=True, budget_s=5.0)
+    assert time.monotonic() - begun < 30
+    assert {row["op"] for row in rows} == {case.op for case in cases("quick")}
+    assert all(tuple(row) == ROW_KEYS for row in rows)
+
+
+def _text(table) -> str:
+    from rich.console import Console
+
+    console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
