@@ -1,8 +1,11 @@
 // Kernel sources are compiled once per level of the instruction set; this picks the level.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
+
+#include "../tensor.h"
 
 namespace ceg {
 
@@ -17,5 +20,11 @@ std::vector<std::string> available_isa_levels();  // best last
 
 // The OpenMP default for threads <= 0.
 int thread_count(int threads);
+
+// thread_count, but no more than pay for their start on a pass over t.
+int threads_for(const Tensor& t, int threads);
+
+// Outputs above this bypass the caches: they would be gone before anyone reads them again.
+int64_t cache_bytes();
 
 }  // namespace ceg

@@ -10,7 +10,9 @@ namespace ceg {
 
 #define CEG_FOR_EACH_KERNEL(X)      \
   X(rms_norm_fwd, RmsNormFwdArgs)   \
-  X(rms_norm_bwd, RmsNormBwdArgs)
+  X(rms_norm_bwd, RmsNormBwdArgs)   \
+  X(roofs_fma, RoofsFmaArgs)        \
+  X(roofs_copy, RoofsCopyArgs)
 
 #define CEG_DECLARE(kernel, Args) struct Args;
 CEG_FOR_EACH_KERNEL(CEG_DECLARE)

@@ -1,0 +1,66 @@
+// The module: one line per launcher, no logic.
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+#include "cpu/isa.h"
+#include "cpu/rms_norm.h"
+#include "cpu/roofs.h"
+#include "python_tensor.h"
+#ifdef CEG_HAS_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+using py::arg;
+using namespace ceg;
+
+namespace {
+
+py::dict build_info_dict() {
+  const BuildInfo info = build_info();
+  return py::dict(arg("compiler") = info.compiler, arg("source_hash") = info.source_hash,
+                  arg("cuda_archs") = info.cuda_archs, arg("cuda_why_not") = info.cuda_why_not);
+}
+
+py::dict isa_levels() {
+  return py::dict(arg("built") = built_isa_levels(), arg("available") = available_isa_levels(),
+                  arg("default") = available_isa_levels().back());
+}
+
+py::object cuda_device_list() {
+#ifdef CEG_HAS_CUDA
+  py::list devices;
+  for (const CudaDevice& d : cuda_devices()) {
+    devices.append(py::dict(
+        arg("name") = d.name, arg("capability") = py::make_tuple(d.major, d.minor),
+        arg("multiprocessors") = d.multiprocessors, arg("memory_bytes") = d.memory_bytes,
+        arg("driver_version") = d.driver_version, arg("runtime_version") = d.runtime_version));
+  }
+  return devices;
+#else
+  return py::none();
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "CPU launchers on arrays of NumPy, torch or anything else that speaks DLPack";
+
+  m.def("build_info", build_info_dict);
+  m.def("isa_levels", isa_levels);
+  m.def("cuda_devices", cuda_device_list);
+
+  m.def("fma_flops", fma_flops, release_gil(), arg("dtype"), arg("threads") = 0,
+        arg("seconds") = 0.2, arg("isa") = "");
+  m.def("copy_bandwidth", copy_bandwidth, release_gil(), arg("bytes"), arg("threads") = 0,
+        arg("seconds") = 0.2, arg("isa") = "");
+
+  m.def("rms_norm_fwd", rms_norm_fwd, release_gil(), arg("x"), arg("weight"), arg("residual"),
+        arg("y"), arg("residual_out"), arg("rstd"), arg("eps"), arg("weight_offset") = 0.0,
+        arg("threads") = 0, arg("isa") = "");
+  m.def("rms_norm_bwd", rms_norm_bwd, release_gil(), arg("dy"), arg("dh"), arg("h"), arg("weight"),
+        arg("rstd"), arg("dx"), arg("dweight"), arg("weight_offset") = 0.0, arg("threads") = 0,
+        arg("isa") = "");
+}

@@ -1,0 +1,12 @@
+#include "build_info.h"
+
+namespace ceg {
+
+BuildInfo build_info() {
+  return {.compiler = CEG_CXX,
+          .source_hash = CEG_SOURCE_HASH,
+          .cuda_archs = CEG_CUDA_ARCHS,
+          .cuda_why_not = CEG_CUDA_STATUS};
+}
+
+}  // namespace ceg

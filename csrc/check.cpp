@@ -1,0 +1,68 @@
+#include "check.h"
+
+namespace ceg {
+namespace {
+
+std::string tuple_text(const int64_t* sizes, int n) {
+  std::ostringstream text;
+  text << '(';
+  for (int i = 0; i < n; ++i) {
+    if (i) text << ", ";
+    if (sizes[i] < 0) {
+      text << '*';
+    } else {
+      text << sizes[i];
+    }
+  }
+  text << (n == 1 ? ",)" : ")");
+  return text.str();
+}
+
+}  // namespace
+
+std::string shape_text(const Tensor& t) { return tuple_text(t.shape, t.ndim); }
+
+void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+  bool same = t.ndim == static_cast<int>(expected.size());
+  int i = 0;
+  for (int64_t size : expected) {
+    if (!same) break;
+    same = size < 0 || t.shape[i] == size;
+    ++i;
+  }
+  CEG_CHECK(same, name, " must have shape ",
+            tuple_text(expected.begin(), static_cast<int>(expected.size())), ", got ",
+            shape_text(t));
+}
+
+void check_dtype(const char* tensor_name, const Tensor& t, std::initializer_list<DType> expected) {
+  for (DType dtype : expected) {
+    if (t.dtype == dtype) return;
+  }
+  std::string wanted;
+  for (DType dtype : expected) {
+    if (!wanted.empty()) wanted += " or ";
+    wanted += name(dtype);
+  }
+  fail(tensor_name, " must be ", wanted, ", got ", name(t.dtype));
+}
+
+void check_rows(const char* name, const Tensor& t) {
+  CEG_CHECK(t.device_type == kCpu, name, " must be on the CPU, got DLPack device type ",
+            t.device_type);
+  CEG_CHECK(t.ndim > 0, name, " must have at least one dimension, got a scalar");
+  CEG_CHECK(t.stride[t.ndim - 1] == 1 || t.shape[t.ndim - 1] <= 1, name,
+            " must have stride 1 in its last dimension, got ", t.stride[t.ndim - 1]);
+}
+
+void check_output(const char* name, const Tensor& t) {
+  check_rows(name, t);
+  CEG_CHECK(!t.read_only, name, " must be writable, got a read-only array");
+  // A broadcast output would be written by several threads at once.
+  for (int i = 0; i < t.ndim; ++i) {
+    CEG_CHECK(t.stride[i] != 0 || t.shape[i] <= 1, name,
+              " must not be expanded, got stride 0 in dimension ", i);
+  }
+}
+
+}  // namespace ceg

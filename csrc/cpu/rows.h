@@ -1,0 +1,85 @@
+// What the row-wise kernels (rms_norm, rope, moe) share: loops over vectors of a row, scratch
+// memory, dispatch on the storage type.
+#pragma once
+
+#include <cstdlib>
+
+#include "../tensor.h"
+#include "vec.h"
+
+namespace ceg::CEG_ISA {
+
+// Calls f with a value of the storage type that the tensors hold.
+template <class F>
+inline void with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    default: return f(float{});
+  }
+}
+
+// step(i, lanes) for each vector of a row of n elements; only the last can be partial. `lanes` is
+// a constant in the main loop, so that load_n and store_n fold to the unmasked form.
+template <class C, class F>
+inline void for_each_vec(int64_t n, F step) {
+  int64_t i = 0;
+  for (; i + kLanes<C> <= n; i += kLanes<C>) step(i, int64_t{kLanes<C>});
+  if (i < n) step(i, n - i);
+}
+
+// Sum of term(i, lanes) over a row. Four accumulators hide the latency of the addition; the order
+// depends on n alone.
+template <class C, class F>
+inline C sum_over(int64_t n, F term) {
+  constexpr int64_t lanes = kLanes<C>;
+  Vec<C> acc[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    for (int u = 0; u < 4; ++u) acc[u] += term(i + u * lanes, lanes);
+  }
+  for (; i < n; i += lanes) acc[0] += term(i, n - i);
+  return reduce_add((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// store_n, around the caches where the caller found that to pay.
+template <class S, class V>
+inline void put(S* p, V v, int64_t lanes, bool streaming) {
+  if (streaming && lanes >= kLanes<Scalar<V>>) {
+    stream(p, v);
+  } else {
+    store_n(p, v, lanes);
+  }
+}
+
+// Whether rows of an output may be streamed: they exceed the caches and each starts aligned.
+template <class S>
+inline bool streams(const Tensor& t, int64_t cache_bytes) {
+  if (t.numel() * static_cast<int64_t>(sizeof(S)) <= cache_bytes) return false;
+  if (reinterpret_cast<uintptr_t>(t.data) % kStreamAlign<S>) return false;
+  for (int i = 0; i + 1 < t.ndim; ++i) {
+    if (t.stride[i] * static_cast<int64_t>(sizeof(S)) % kStreamAlign<S>) return false;
+  }
+  return true;
+}
+
+// Uninitialised aligned memory. Not std::vector: see vec.h on templates of the library.
+template <class C>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    const size_t bytes = (static_cast<size_t>(n) * sizeof(C) + 63) / 64 * 64;
+    data_ = static_cast<C*>(std::aligned_alloc(64, bytes ? bytes : 64));
+    if (!data_) std::abort();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  C* data() { return data_; }
+
+ private:
+  C* data_;
+};
+
+}  // namespace ceg::CEG_ISA
