@@ -97,14 +97,18 @@ def prepare(
     try:
         manifest = _write_all(request, tokenizer, partial, progress)
         if existing is None:
-            os.rename(partial, out)
-        elif existing["hash"] != manifest["hash"]:
-            raise ValueError(
-                f"{out} must be new or hold the same data (hash {manifest['hash'][:16]}), "
-                f"got data with hash {existing['hash'][:16]}; choose another folder"
-            )
+            try:
+                os.rename(partial, out)
+            except OSError:  # another process was faster, or this is not a matter of names at all
+                if (existing := _existing_manifest(out)) is None:
+                    raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if existing is not None and existing["hash"] != manifest["hash"]:
+        raise ValueError(
+            f"{out} must be new or hold the same data (hash {manifest['hash'][:16]}), "
+            f"got data with hash {existing['hash'][:16]}; choose another folder"
+        )
     return existing or manifest
 
 

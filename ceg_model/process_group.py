@@ -39,7 +39,8 @@ class ProcessGroup:
         if self.world == 1:
             return model
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids)
+        # No broadcast of buffers: they count this process's tokens until `after_step` adds them up.
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def accumulating(self, model: nn.Module, more: bool) -> AbstractContextManager[Any]:
         """Around a backward: with `more` to come, gradients stay in this process."""

@@ -31,17 +31,25 @@ def duration(seconds: float) -> str:
 class Progress:
     """A context manager that is also a `ProgressFn`: `with Progress("train") as show: ...`."""
 
-    def __init__(self, title: str, *, stream: Any = None, line_interval_s: float | None = None):
+    def __init__(
+        self,
+        title: str,
+        *,
+        stream: Any = None,
+        line_interval_s: float = LINE_INTERVAL_S,
+        quiet: bool = False,  # all but the first process of a group
+    ):
         self._title = title
+        self._quiet = quiet
         self._stream = stream if stream is not None else sys.stderr
-        self._interval = LINE_INTERVAL_S if line_interval_s is None else line_interval_s
+        self._interval = line_interval_s
         self._bar: Any = None
         self._task: Any = None
         self._first: tuple[float, int] | None = None
         self._last_line = float("-inf")
 
     def __enter__(self) -> Progress:
-        if self._stream.isatty():
+        if self._stream.isatty() and not self._quiet:
             self._bar = _rich_bar(self._stream)
         if self._bar is not None:
             self._task = self._bar.add_task(self._title, total=None, state="")
@@ -56,6 +64,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total or None, state=state)
             return
+        if self._quiet:
+            return
         now = time.monotonic()
         if self._first is None:
             # A resumed run starts above zero: the rate is that of this process only.
@@ -69,7 +79,7 @@ class Progress:
         """A line that stays: something happened that the reader must know."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self._quiet:
             print(text, file=self._stream, flush=True)
 
     def _line(self, now: float, done: int, total: int, state: str) -> str:

@@ -35,7 +35,7 @@ from ceg_kernels import use_backend
 from ceg_model import checkpoint, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
-from ceg_model.gpt import build_model, model_flops
+from ceg_model.gpt import build_model, model_flops, parameter_groups
 from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
@@ -153,11 +153,16 @@ class _Trainer:
                 f"grad_accum must be a multiple of the {group.world} processes, "
                 f"got {config.grad_accum}"
             )
-        torch.manual_seed(config.seed)
-        self.model = build_model(model_config).to(self.device)
+        self.model = build_model(model_config, seed=config.seed).to(self.device)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         self.parallel = group.data_parallel(self.compiled, self.device)
-        self.optimizer = _adamw(self.model, config)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
         sequences = config.batch_size * config.grad_accum
         self.tokens_per_step = sequences * self.seq_len
         self.model_flops = model_flops(model_config, batch=sequences).total
@@ -208,7 +213,8 @@ class _Trainer:
 
     def _warm_up(self) -> None:
         """See the module's docstring. Every trace is undone; random numbers are seeded per step."""
-        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        before = [tensor.detach().clone() for tensor in tensors]
         x, y = self._micro_batch(1, 0)
         with OpCalls() as calls:
             self._loss(self.model, x, y).backward()
@@ -218,8 +224,8 @@ class _Trainer:
         for _ in range(self.config.timing_warmup):
             self._step(1)
         with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(before[name])
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
         self.optimizer.state.clear()
 
     def _resume(self, run_dir: Path, run_id: str, note: Callable[[str], None]) -> tuple[int, float]:
@@ -273,6 +279,7 @@ class _Trainer:
         limit = math.inf if self.config.grad_clip is None else self.config.grad_clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
+        self.model.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
 
@@ -376,22 +383,6 @@ class _Trainer:
             "device": environment.device_name(self.device),
             "versions": environment.versions(),
         }
-
-
-def _adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not biases or the weights of norms."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
 
 
 def _seed(*parts: int) -> int:
