@@ -7,7 +7,7 @@ run on the first batch and then undone bit for bit: compilation, autotuning, mem
 thread start-up happen there. So no step has to be left out or its time imputed, and every row
 pairs measured seconds with exactly the FLOPs that were done in them.
 
-What a FLOP is. `model_flops` is `ceg_model.gpt.model_flops` times the steps done: what the maths
+What a FLOP is. `model_flops` is `ceg_model.flops.model_flops` times the steps done: what the maths
 requires. `executed_flops` adds what the chosen backends recompute or pad, as far as they say.
 
 What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from (seed, s,
@@ -35,7 +35,8 @@ from ceg_kernels import use_backend
 from ceg_model import checkpoint, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
-from ceg_model.gpt import build_model, model_flops, parameter_groups
+from ceg_model.flops import model_flops
+from ceg_model.gpt import build_model, parameter_groups
 from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
