@@ -45,9 +45,11 @@ class Innovation:
     note: str = ""
 
 
+# As in the paper: no norm in the blocks, one LayerNorm before the head, in every arm.
 BASELINE: dict[str, Any] = {
     "arch": "gpt",
     "norm": "none",
+    "final_norm": "layer_norm",
     "position": "learned",
     "mlp": "gelu",
     "window": None,
@@ -90,7 +92,7 @@ _ENTRIES = (
         "flash_attention",
         "FlashAttention",
         "kernel",
-        kernels=("attention", "attention_backward"),
+        kernels=("attention",),  # an op's entry covers its backward
         paper_class=INDEPENDENT,
         published=(_v1(0.81), _v2(1.063, 1.000), _literature("2-4x", "speed of the kernel")),
         note="same maths: G_alg is 1 by construction; the paper's 0.81 divides by its speed",
@@ -121,11 +123,11 @@ _ENTRIES = (
         "moe",
         "Mixture of experts",
         "algorithm",
+        # d_ff stays None: expert widths that cost a token about what the dense MLP costs.
         config={"mlp": "moe", "num_experts": 8, "top_k": 2, "balance": "aux"},
-        # Two experts of half the width cost what the dense MLP costs: C gains the router only.
-        relative={"d_ff": ("d_model", 2.0)},
         paper_class=DEPENDENT,
         published=(_literature("7-11x", "as cited there, at far larger scale"),),
+        note="its experts are gated (SwiGLU), so the arm holds both changes",
     ),
     Innovation("swiglu", "SwiGLU", "algorithm", config={"mlp": "swiglu", "d_ff": None}),
     Innovation(

@@ -1,0 +1,175 @@
+"""A plan: arms x scales x seeds, and how each run is trained. Frozen, named, written to study.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ceg_kernels import OPS
+from ceg_model.config import GPTConfig
+from ceg_model.study.innovations import BASELINE, config_changes, innovation, kernel_ops
+from ceg_model.train import TrainConfig
+
+STOCK = ("torch", "reference")  # backends that are not ours
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model size and its budget: fields of GPTConfig and of TrainConfig."""
+
+    name: str
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    arms: tuple[str, ...]  # the first is the baseline
+    scales: tuple[Scale, ...]
+    seeds: tuple[int, ...]
+    train: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool = False  # learning rate swept per arm and scale
+    timing_rounds: int = 12  # rounds of the throughput benchmark, a step of every arm in each
+    workers: int = 2
+    threads: int = 1  # of each worker
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            innovation(arm)
+        if not self.arms or innovation(self.arms[0]).kind != "baseline":
+            raise ValueError(f"arms must start with the baseline, got {', '.join(self.arms)}")
+        for what, values in (
+            ("arms", self.arms),
+            ("scales", tuple(s.name for s in self.scales)),
+            ("seeds", self.seeds),
+        ):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{what} must be there and differ, got {values}")
+
+    @property
+    def baseline(self) -> str:
+        return self.arms[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(f"Plan has no field {', '.join(unknown)}; its fields: {known}")
+        scales = tuple(Scale(**scale) for scale in values["scales"])
+        tuples = {"arms": tuple(values["arms"]), "seeds": tuple(values["seeds"])}
+        return cls(**{**values, **tuples, "scales": scales})
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a plan."""
+
+    arm: str
+    scale: str
+    seed: int
+    model: GPTConfig
+    train: TrainConfig
+
+
+def our_backend(op: str, dtype: Any, device: str) -> str | None:
+    """The first of our backends that can run the op here, or None where none is built."""
+    sample = next(iter(OPS[op].samples(dtype, device)))
+    for backend in OPS[op].backends:
+        if backend.name not in STOCK and backend.why_not(*sample.args) is None:
+            return backend.name
+    return None
+
+
+def backends_of(arm: str, ours: Mapping[str, str | None]) -> dict[str, str]:
+    """The backend of each op: the reference everywhere, our kernel where the arm asks for it.
+
+    Where ours is not built the arm runs stock torch, which is as fused; the report says so.
+    """
+    forward = [name for name in OPS if not name.endswith("_backward")]
+    chosen = dict.fromkeys(forward, "reference")
+    for op in kernel_ops(arm):
+        chosen[op] = ours.get(op) or "torch"
+    return chosen
+
+
+def model_config(arm: str, scale: Scale, vocab_size: int) -> GPTConfig:
+    base = {**BASELINE, "vocab_size": vocab_size, **scale.model}
+    return GPTConfig.from_dict({**base, **config_changes(arm, base)})
+
+
+def runs(plan: Plan, ours: Mapping[str, str | None], vocab_size: int) -> Iterator[RunSpec]:
+    """All runs, longest first; the arms of one scale and seed are neighbours in time.
+
+    So the last runs to finish are short, and whatever drifts on the machine hits all arms alike.
+    """
+    for scale in reversed(plan.scales):
+        for seed in plan.seeds:
+            for arm in plan.arms:
+                train = TrainConfig.from_dict(
+                    {**plan.train, **scale.train, "seed": seed, "backend": backends_of(arm, ours)}
+                )
+                yield RunSpec(arm, scale.name, seed, model_config(arm, scale, vocab_size), train)
+
+
+def _scale(name: str, *, layers: int, width: int, heads: int, length: int, **train: Any) -> Scale:
+    model = {"n_layer": layers, "d_model": width, "n_head": heads, "seq_len": length}
+    return Scale(name, model, train)
+
+
+_PAPER_ARMS = ("baseline", "layer_norm", "rope", "flash_attention", "ln_rope_fa", "mqa", "moe")
+# A constant rate after a short warm-up, so that a crossing inside a run is not confounded by decay;
+# fp32, so that a kernel and its eager twin differ by rounding only.
+_TRAIN = {
+    "schedule": "constant",
+    "lr": 2e-3,
+    "warmup_steps": 10,
+    "dtype": "float32",
+    "checkpoint_every": None,
+}
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        Plan(
+            "nano",
+            _PAPER_ARMS,
+            (
+                _scale("S", layers=2, width=32, heads=2, length=256, steps=200, batch_size=8),
+                _scale("M", layers=2, width=48, heads=3, length=256, steps=280, batch_size=12),
+                _scale("L", layers=2, width=64, heads=4, length=256, steps=400, batch_size=16),
+            ),
+            seeds=(0, 1),
+            train={**_TRAIN, "eval_every": 10, "eval_batches": 4},
+            note="the demo: minutes on two cores",
+        ),
+        Plan(
+            "smoke",
+            ("baseline", "layer_norm", "flash_attention"),
+            (
+                _scale("S", layers=1, width=32, heads=2, length=64, steps=40, batch_size=8),
+                _scale("M", layers=2, width=32, heads=2, length=64, steps=60, batch_size=8),
+            ),
+            seeds=(0, 1),
+            train={**_TRAIN, "eval_every": 3, "eval_batches": 2},
+            timing_rounds=5,
+            note="proves that everything runs; its numbers mean nothing",
+        ),
+    )
+}
+
+
+def plan_named(name: str) -> Plan:
+    if name not in PLANS:
+        raise ValueError(f"PLAN must be one of {', '.join(PLANS)}, got {name!r}")
+    return PLANS[name]
+
+
+def with_seeds(plan: Plan, seeds: tuple[int, ...]) -> Plan:
+    return replace(plan, seeds=seeds)

@@ -1,0 +1,84 @@
+"""Matplotlib figures as SVG to be pasted into a page: real text, colours that follow the page's theme.
+
+Matplotlib knows no CSS variables, so ink, grid and paper are drawn in marker colours that no palette
+holds, and replaced in the text of the SVG. Ids get the figure's name, so that many can share a page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, FAINT, PAPER = "#010203", "#040506", "#070809"
+_THEME = {INK: "var(--ink)", FAINT: "var(--grid)", PAPER: "var(--paper)"}
+WIDTH, HEIGHT = 4.4, 3.2  # inches; a panel stays readable at the width of a phone
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ceg",
+    "font.size": 9.5,
+    "axes.labelsize": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def panel(
+    name: str, title: str, draw: Callable[[Axes], Any], *, height: float = HEIGHT, label: str = ""
+) -> str:
+    """One panel as an <svg> element; `draw` fills its axes."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_title(title)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(text.getvalue(), name, label or title)
+
+
+def _inline(svg: str, name: str, label: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:)?href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    for marker, variable in _THEME.items():
+        svg = svg.replace(marker, variable)
+    # The page's own font and width apply; a namespace is implied in HTML.
+    svg = re.sub(r'\s?xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    head = (
+        f'<svg {box.group(0)} role="img" aria-label="{label}" preserveAspectRatio="xMidYMid meet">'
+    )
+    return head + svg[svg.index(">") + 1 :].strip()

@@ -1,0 +1,97 @@
+"""Flags, statuses and numbers in plain words, for people who have not read the specification."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+FLAGS = {
+    "aa_failed": "The baseline compared with itself does not give 1, so no gain of this study is safe.",
+    "censored": "One of the two never reached the target loss; only a bound can be given.",
+    "identity_failed": "Measured time gain and G_alg × G_hw differ by more than 1%: the clock was "
+    "not quiet enough, or the throughput benchmark does not stand for the runs.",
+    "no_ci": "One seed only: a point without an interval.",
+    "not_equivalent": "Same maths, but the loss curves were not shown to be equal within 2%: "
+    "a numerics bug or too much noise, and never a gain.",
+    "not_our_kernel": "Our kernel is not built here; stock torch's fused kernel ran instead.",
+    "plateau": "The loss falls so slowly at the target that noise moves the crossing.",
+    "rising_baseline": "The baseline's loss rose at its end; its minimum is used, not its last value.",
+    "schedule_confounded": "The learning rate was decaying at the crossing, which changes the loss.",
+    "schedule_unknown": "The learning rate was not given, so a decaying one cannot be excluded.",
+    "time_inferred": "The time gain is computed from G_alg and G_hw, not measured at the target.",
+    "untuned": "One learning rate for every arm and scale: an arm that wants another is misjudged.",
+}
+
+SHORT = {
+    "aa_failed": "A/A failed",
+    "identity_failed": "clock off by > 1%",
+    "no_ci": "one seed",
+    "not_equivalent": "not equivalent",
+    "not_our_kernel": "not our kernel",
+    "rising_baseline": "rising baseline",
+    "schedule_confounded": "schedule confounded",
+    "schedule_unknown": "schedule unknown",
+    "time_inferred": "time inferred",
+}
+
+
+def gain(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.2f}×" if value < 10 else f"{value:.3g}×"
+
+
+def interval(pair: list[float] | None) -> str:
+    if not pair:
+        return "no interval"
+    low, high = pair
+    return f"{low:.2g} to {high:.2g}" if high >= 10 or low < 0.1 else f"{low:.2f} to {high:.2f}"
+
+
+def si(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "–"
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}".strip()
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def flag(name: str) -> str:
+    return SHORT.get(name, name.replace("_", " "))
+
+
+def verdict(title: str, answer: dict[str, Any]) -> str:
+    """One sentence on one arm: algorithm first, then hardware, then what neither can say."""
+    hardware = ""
+    g_hw = answer.get("g_hw")
+    if g_hw is not None:
+        if g_hw >= 1.01:
+            hardware = f" and does {gain(g_hw)} the model FLOPs a second"
+        elif g_hw <= 0.99:
+            hardware = f" and does only {gain(g_hw)} the model FLOPs a second"
+        else:
+            hardware = " at the same FLOPs a second"
+    where = f"at scale {answer['scale']}, " if answer.get("scale") else ""
+    same = answer.get("equivalence")
+    if same is not None:
+        if same["passed"]:
+            return f"{title}: {where}the same loss for the same FLOPs, measured{hardware}."
+        if same["passed"] is None:
+            return f"{title}: the same maths (not tested: one seed){hardware}."
+        return f"{title}: the same maths, but its curves were not shown to be equal{hardware}."
+    if answer["status"] == "refused":
+        return f"{title}: no number, because {'; '.join(answer['reasons'])}."
+    if answer["status"] == "censored":
+        side = "at most" if answer["bound_side"] == "upper" else "at least"
+        return f"{title}: {where}{side} {gain(answer['bound'])} in compute{hardware}."
+    return f"{title}: {where}worth {gain(answer['g_alg'])} the compute{hardware}."

@@ -1,0 +1,181 @@
+"""The report renders from results.json alone, needs nothing from elsewhere, and says what it must.
+
+Left out: how it looks; that is checked by eye in a browser.
+"""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ceg_model.study import words
+from ceg_model.study.cells import Options
+from ceg_model.study.curves import Key, make_curve
+from ceg_model.study.estimate import estimate
+from ceg_model.study.report import render, write_report
+
+ARMS = {
+    "baseline": (1.0, 1.0),
+    "layer_norm": (1.9, 0.97),
+    "rope": (1.35, 0.93),
+    "flash_attention": (1.0, 1.32),
+    "ln_rope_fa": (3.3, 1.14),
+    "mqa": (0.72, 1.02),
+    "moe": (1.25, 0.6),
+}
+TITLES = {"ln_rope_fa": "LN + RoPE + FA", "layer_norm": "LayerNorm <b>"}
+
+
+def synthetic(seeds=2, arms=ARMS, noise=0.002):
+    """A study whose gains are known, in the shape of results.json."""
+    rng = np.random.default_rng(3)
+    curves = []
+    for scale, size in (("S", 1.0), ("M", 3.3), ("L", 10.0)):
+        flops = np.arange(1, 41) * 4e10 * size
+        for seed in range(seeds):
+            for arm, (g_alg, g_hw) in arms.items():
+                loss = 1.2 + 60 * (g_alg * flops * (1 + 0.01 * seed)) ** -0.14
+                if arm != "flash_attention":
+                    loss = loss + rng.normal(0, noise, flops.size)
+                curves.append(
+                    make_curve(
+                        Key(arm, scale, str(seed)),
+                        flops,
+                        loss,
+                        seconds=flops / (7e10 * g_hw),
+                        lr=np.full(40, 2e-3),
+                    )
+                )
+    options = Options(
+        same_maths=frozenset({"flash_attention"}),
+        bundles={"ln_rope_fa": ("layer_norm", "rope", "flash_attention")},
+        untuned=True,
+    )
+    row = {
+        "op": "attention", "direction": "fwd", "dtype": "float32", "shape": "T256",
+        "intensity": 40.0, "gflops": 60.0, "roof_fraction": 0.4, "bound": "compute",
+        "max_error_over_slack": 0.3, "status": "ok",
+    }  # fmt: skip
+    bench = [
+        row | {"backend": "cpu", "peer": None, "median_s": 1e-3},
+        row | {"backend": "torch", "peer": "torch", "median_s": 2e-3, "gflops": 30.0},
+        row | {"backend": "reference", "peer": "reference", "median_s": 5e-3, "gflops": 12.0},
+    ]
+    time = {"median_s": 0.01}
+    return {
+        "title": "Study nano",
+        "subtitle": "A GPT without norm, and six changes to it.",
+        "chips": ["CPU", "2 seeds"],
+        "titles": TITLES,
+        "complete": {"planned": len(curves), "done": len(curves), "failed": []},
+        "curves": [
+            {
+                "arm": c.key.arm, "scale": c.key.scale, "seed": c.key.seed,
+                "flops": c.flops.tolist(), "loss": c.loss.tolist(), "seconds": c.seconds.tolist(),
+            }
+            for c in curves
+        ],
+        "estimate": estimate(curves, options),
+        "hardware": {"L": {"rope": {"against_reference": 0.93, "against_torch": 0.8}}},
+        "throughput": {"L": {"arms": {"rope": {"study": time, "torch": time, "ours": time}}}},
+        "bench": bench,
+        "roofs": {"flops": {"float32": 1.2e11}, "copy_bytes_per_s": 2e10, "threads": 2},
+        "limits": ["Nothing is tuned."],
+        "provenance": {"commit": "abc", "data": "def"},
+    }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects ids and everything that would be loaded."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.loads, self.tags = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "srcset", "data") or (name.endswith("href") and tag != "a"):
+                self.loads.append(value)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render(synthetic())
+
+
+def test_page_is_self_contained(page):
+    found = Page(page)
+    assert all(load.startswith("#") for load in found.loads)
+    assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+
+
+def test_ids_are_unique_and_references_resolve(page):
+    found = Page(page)
+    assert len(found.ids) == len(set(found.ids))
+    used = re.findall(r"url\(#([^)]+)\)", page) + [u[1:] for u in found.loads]
+    assert set(used) <= set(found.ids)
+
+
+def test_every_plot_is_there_and_follows_the_theme(page):
+    assert page.count("<svg") == 3 * 4 + 2 + 1  # flops, seconds, bars, range; scales, aa; roofline
+    assert page.count('role="img"') == page.count("<svg")
+    assert "var(--ink)" in page
+    assert "#010203" not in page
+
+
+def test_numbers_and_words_are_in_the_page(page):
+    assert "worth 3.3" in page
+    assert "1 by construction, and measured so" in page
+    assert "≤" in page  # MQA never reaches the target
+    assert "LayerNorm &lt;b&gt;" in page
+    assert words.FLAGS["untuned"] in page.replace("&#39;", "'")
+
+
+def test_flags_all_have_words():
+    for flag in ("censored", "untuned", "plateau", "no_ci", "identity_failed", "aa_failed"):
+        assert flag in words.FLAGS
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_json_twin(tmp_path, seeds):
+    results = synthetic(seeds)
+    path = write_report(results, tmp_path / "report")
+    assert path.read_text().startswith("<!doctype html>")
+    twin = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert twin["estimate"]["arms"]["rope"]["g_alg"] == results["estimate"]["arms"]["rope"]["g_alg"]
+    assert render(twin) == path.read_text()
+
+
+def test_incomplete_and_refused_study_renders():
+    results = synthetic()
+    results["complete"] = {
+        "planned": 42, "done": 41,
+        "failed": [{"arm": "moe", "scale": "L", "seed": 0, "reason": "loss is nan"}],
+    }  # fmt: skip
+    options = Options(target=0.1)
+    curves = [
+        make_curve(Key(c["arm"], c["scale"], c["seed"]), c["flops"], c["loss"])
+        for c in results["curves"]
+    ]
+    results["estimate"] = estimate(curves, options)
+    results["bench"], results["roofs"], results["throughput"] = [], None, {}
+    for c in results["curves"]:
+        c["seconds"] = None
+    page = render(results)
+    assert "This study is not complete" in page
+    assert "loss is nan" in page
+    assert "no number, because" in page
+
+
+def test_number_words():
+    assert (words.gain(None), words.gain(1.234), words.gain(130.1)) == ("–", "1.23×", "130×")
+    assert words.si(2.5e10, "FLOP") == "25 GFLOP"
+    assert words.seconds(0.0021) == "2.1 ms"
+    assert words.interval([0.95, 1.1]) == "0.95 to 1.10"
