@@ -3,8 +3,10 @@
 
 #include "build_info.h"
 #include "cpu/isa.h"
+#include "cpu/moe.h"
 #include "cpu/rms_norm.h"
 #include "cpu/roofs.h"
+#include "cpu/rope.h"
 #include "python_tensor.h"
 #ifdef CEG_HAS_CUDA
 #include "cuda/device.h"
@@ -62,5 +64,24 @@ PYBIND11_MODULE(_C, m) {
         arg("threads") = 0, arg("isa") = "");
   m.def("rms_norm_bwd", rms_norm_bwd, release_gil(), arg("dy"), arg("dh"), arg("h"), arg("weight"),
         arg("rstd"), arg("dx"), arg("dweight"), arg("weight_offset") = 0.0, arg("threads") = 0,
+        arg("isa") = "");
+  m.def("rope", rope, release_gil(), arg("q"), arg("k"), arg("cos"), arg("sin"), arg("positions"),
+        arg("q_out"), arg("k_out"), arg("interleaved") = false, arg("inverse") = false,
+        arg("threads") = 0, arg("isa") = "");
+
+  m.def("moe_route", moe_route, release_gil(), arg("logits"), arg("bias"), arg("weights"),
+        arg("expert_ids"), arg("tokens_per_expert"), arg("score"), arg("renormalize"),
+        arg("threads") = 0, arg("isa") = "");
+  m.def("moe_route_bwd", moe_route_bwd, release_gil(), arg("dweights"), arg("logits"),
+        arg("expert_ids"), arg("dlogits"), arg("score"), arg("renormalize"), arg("threads") = 0,
+        arg("isa") = "");
+  m.def("moe_index", moe_index, release_gil(), arg("expert_ids"), arg("slots"), arg("sources"),
+        arg("offsets"), arg("capacity") = -1, arg("threads") = 0, arg("isa") = "");
+  m.def("moe_dispatch", moe_dispatch, release_gil(), arg("x"), arg("sources"), arg("top_k"),
+        arg("out"), arg("threads") = 0, arg("isa") = "");
+  m.def("moe_combine", moe_combine, release_gil(), arg("y"), arg("slots"), arg("weights"),
+        arg("out"), arg("threads") = 0, arg("isa") = "");
+  m.def("moe_combine_bwd", moe_combine_bwd, release_gil(), arg("dout"), arg("y"), arg("sources"),
+        arg("slots"), arg("weights"), arg("dy"), arg("dweights"), arg("threads") = 0,
         arg("isa") = "");
 }

@@ -27,10 +27,16 @@ template <typename... Parts>
 // -1 in an expected shape accepts any size; checks return nothing and throw std::invalid_argument.
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected);
 void check_dtype(const char* name, const Tensor& t, std::initializer_list<DType> expected);
+void check_float(const char* name, const Tensor& t);
+// Shape and dtype of another tensor, and check_rows.
+void check_like(const char* name, const Tensor& t, const Tensor& like);
 // On the CPU, with neighbours of the last dimension adjacent in memory.
 void check_rows(const char* name, const Tensor& t);
 // check_rows, and may be written.
 void check_output(const char* name, const Tensor& t);
+
+// Every element of an int32 or int64 tensor of one or two dimensions is in [low, high).
+void check_range(const char* name, const Tensor& t, int64_t low, int64_t high);
 
 std::string shape_text(const Tensor& t);
 

@@ -8,10 +8,16 @@
 
 namespace ceg {
 
-#define CEG_FOR_EACH_KERNEL(X)      \
-  X(rms_norm_fwd, RmsNormFwdArgs)   \
-  X(rms_norm_bwd, RmsNormBwdArgs)   \
-  X(roofs_fma, RoofsFmaArgs)        \
+#define CEG_FOR_EACH_KERNEL(X)            \
+  X(rms_norm_fwd, RmsNormFwdArgs)         \
+  X(rms_norm_bwd, RmsNormBwdArgs)         \
+  X(rope, RopeArgs)                       \
+  X(moe_route, MoeRouteArgs)              \
+  X(moe_route_bwd, MoeRouteBwdArgs)       \
+  X(moe_dispatch, MoeDispatchArgs)        \
+  X(moe_combine, MoeCombineArgs)          \
+  X(moe_combine_bwd, MoeCombineBwdArgs)   \
+  X(roofs_fma, RoofsFmaArgs)              \
   X(roofs_copy, RoofsCopyArgs)
 
 #define CEG_DECLARE(kernel, Args) struct Args;

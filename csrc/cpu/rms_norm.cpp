@@ -7,12 +7,6 @@
 namespace ceg {
 namespace {
 
-void check_like(const char* name, const Tensor& t, const Tensor& like) {
-  check_shape(name, t, {like.shape[0], like.shape[1]});
-  check_dtype(name, t, {like.dtype});
-  check_rows(name, t);
-}
-
 // A vector in compute type that is contiguous.
 void check_vector(const char* name, const Tensor& t, int64_t size, DType dtype) {
   check_shape(name, t, {size});
@@ -27,7 +21,7 @@ void rms_norm_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& residual_out, const Tensor& rstd, double eps,
                   double weight_offset, int threads, const std::string& isa) {
   check_shape("x", x, {-1, -1});
-  check_dtype("x", x, {DType::f32, DType::bf16, DType::f16, DType::f64});
+  check_float("x", x);
   check_rows("x", x);
   const DType compute = compute_type(x.dtype);
   if (weight) check_vector("weight", *weight, x.shape[1], compute);
@@ -59,7 +53,7 @@ void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tenso
                   const std::optional<Tensor>& dweight, double weight_offset, int threads,
                   const std::string& isa) {
   check_shape("h", h, {-1, -1});
-  check_dtype("h", h, {DType::f32, DType::bf16, DType::f16, DType::f64});
+  check_float("h", h);
   check_rows("h", h);
   const DType compute = compute_type(h.dtype);
   check_like("dy", dy, h);

@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "isa.h"
 #include "rms_norm.h"
 #include "rows.h"
 
@@ -36,8 +35,8 @@ void forward(const RmsNormFwdArgs& a) {
   const int64_t rows = a.x.shape[0], dim = a.x.shape[1];
   ColumnScale<C> column_scale(a.weight, dim, a.weight_offset);
   const C* scale = column_scale.data();
-  const bool stream_y = streams<S>(a.y, cache_bytes());
-  const bool stream_sum = a.residual_out && streams<S>(*a.residual_out, cache_bytes());
+  const bool stream_y = streams(a.y, kStreamAlign<S>);
+  const bool stream_sum = a.residual_out && streams(*a.residual_out, kStreamAlign<S>);
 
 #pragma omp parallel num_threads(a.threads)
   {
@@ -139,7 +138,7 @@ void backward(const RmsNormBwdArgs& a) {
   using C = ComputeOf<S>;
   const int64_t rows = a.h.shape[0], dim = a.h.shape[1];
   ColumnScale<C> column_scale(a.weight, dim, a.weight_offset);
-  const bool stream_dx = streams<S>(a.dx, cache_bytes());
+  const bool stream_dx = streams(a.dx, kStreamAlign<S>);
   const int64_t groups = (rows + kGroup - 1) / kGroup;
   const int64_t groups_each = (groups + kMaxPartials - 1) / kMaxPartials;
   const int64_t n_partials = groups ? (groups + groups_each - 1) / groups_each : 0;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "../tensor.h"
+#include "isa.h"
 #include "vec.h"
 
 namespace ceg::CEG_ISA {
@@ -54,12 +55,13 @@ inline void put(S* p, V v, int64_t lanes, bool streaming) {
 }
 
 // Whether rows of an output may be streamed: they exceed the caches and each starts aligned.
-template <class S>
-inline bool streams(const Tensor& t, int64_t cache_bytes) {
-  if (t.numel() * static_cast<int64_t>(sizeof(S)) <= cache_bytes) return false;
-  if (reinterpret_cast<uintptr_t>(t.data) % kStreamAlign<S>) return false;
+inline bool streams(const Tensor& t, int64_t align) {
+  const int64_t item = item_size(t.dtype);
+  if (t.numel() * item <= cache_bytes() || reinterpret_cast<uintptr_t>(t.data) % align) {
+    return false;
+  }
   for (int i = 0; i + 1 < t.ndim; ++i) {
-    if (t.stride[i] * static_cast<int64_t>(sizeof(S)) % kStreamAlign<S>) return false;
+    if (t.stride[i] * item % align) return false;
   }
   return true;
 }
