@@ -1,0 +1,1 @@
+"""A GPT built on ceg_kernels, and the study that tells hardware gain from algorithmic gain."""
