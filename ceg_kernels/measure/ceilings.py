@@ -131,8 +131,8 @@ def _measure_cpu(seconds: float) -> Roofs:
     }
     cache = last_level_cache_bytes()
     share = _cpu_share(threads, seconds)
-    # Four times the last-level cache, so that next to nothing of it is found there again.
-    size = min(max(4 * (cache or 0), 256 << 20), 1 << 30)
+    # Source and target are four times the last-level cache: next to nothing is found there again.
+    size = min(max(2 * (cache or 0), 128 << 20), 512 << 20)
     copies = {"torch": _copy_bytes_per_s(size, "cpu", seconds)}
     if native is not None:
         copies["native"] = native.copy_bandwidth(size, threads, seconds)
@@ -226,7 +226,7 @@ def _build_hash() -> str | None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in ("ceg-kernels", "triton"):
         try:
             found[package] = version(package)
