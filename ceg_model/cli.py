@@ -113,6 +113,13 @@ def _add_data(subparsers: Any) -> None:
     prepare.add_argument("--text-field", default="text", metavar="NAME", help="column of tables")
     prepare.add_argument("--tokenizer", default="byte", choices=("byte", "gpt2"))
     prepare.add_argument("--val-fraction", type=float, default=0.05, metavar="FRACTION")
+    prepare.add_argument(
+        "--document-bytes",
+        type=int,
+        default=1 << 16,
+        metavar="N",
+        help="a file above 16 N bytes is cut at paragraphs into documents of N (default: 65536)",
+    )
     prepare.add_argument("--json", action="store_true", help="print the manifest")
     prepare.set_defaults(run=_prepare)
 
@@ -264,6 +271,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         text_field=arguments.text_field,
         tokenizer=arguments.tokenizer,
         val_fraction=arguments.val_fraction,
+        document_bytes=arguments.document_bytes,
     )
     out = arguments.out or (DATA if arguments.tokenizer == "byte" else f"{DATA}-gpt2")
     with Progress("prepare") as progress:

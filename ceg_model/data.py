@@ -131,8 +131,9 @@ def _write_all(
         read += len(text)
         if progress is not None:
             progress(read >> 20, 0, "MiB read")
-    for name, writer in splits.items():
+    for writer in splits.values():
         writer.close()
+    for name, writer in splits.items():
         if writer.tokens == 0:
             raise ValueError(
                 f"the {name} split must have documents, got none: "

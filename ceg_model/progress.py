@@ -88,7 +88,8 @@ class Progress:
         eta = ""
         if done > first_done and done < total:
             eta = f", {duration((now - start) / (done - first_done) * (total - done))} left"
-        return f"{self._title}: {done}{f'/{total}' if total else ''}{eta}  {state}".rstrip()
+        count = f"{done}/{total}{eta} " if total else f"{done}"
+        return f"{self._title}: {count} {state}".rstrip()
 
 
 def _rich_bar(stream: Any) -> Any:
