@@ -82,9 +82,12 @@ def samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 
 def samples_backward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    # Left out: D = 1, where dx is the difference of two equal numbers and all of it rounding.
     make = arguments.maker(dtype, device)
     for sample in samples(dtype, device):
         x, weight, residual, eps, offset = sample.args
+        if x.shape[-1] == 1:
+            continue
         h = x if residual is None else (x + residual)
         rstd = reference(h.double(), weight, None, eps, offset)[2].to(native.math_dtype(dtype))
         dh = None if residual is None else make(*x.shape)

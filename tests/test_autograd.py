@@ -1,0 +1,162 @@
+"""Gradients of the public functions: fp64 gradcheck through the C++ kernels, the wiring of the
+backward ops, autocast, and torch.compile without a graph break.
+
+Upstream gradients are random everywhere: `.sum().backward()` cannot see errors that sum to zero.
+"""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from ceg_kernels import (
+    OPS,
+    Routing,
+    flash_attention,
+    flash_attention_varlen,
+    moe_combine,
+    moe_dispatch,
+    moe_route,
+    rms_norm,
+    rope,
+    rope_table,
+    use_backend,
+)
+
+
+def _randn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def _moe(x, logits, bias=None, score="softmax", capacity=None):
+    routing = moe_route(logits, 2, bias=bias, score=score)
+    rows, plan = moe_dispatch(x, routing, capacity=capacity)
+    return moe_combine(torch.tanh(rows), plan, routing.weights)
+
+
+def _packed(q, k, v):
+    cu_q = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    cu_k = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    return flash_attention_varlen(q, k, v, cu_q, cu_k, 5, 4, causal=True, return_lse=True)
+
+
+def _cases():
+    table = [t.double() for t in rope_table(8, 4)]
+    q, k, v = _randn(2, 5, 4, 6), _randn(2, 7, 2, 6, seed=1), _randn(2, 7, 2, 6, seed=2)
+    slopes = torch.rand(4, dtype=torch.float64)
+    x, w = _randn(3, 6), _randn(6)
+    yield "rms_norm", rms_norm, (x, w)
+    yield "rms_norm no weight", rms_norm, (x,)
+    yield "rms_norm residual", lambda x, r, w: rms_norm(x, w, residual=r), (x, _randn(3, 6), w)
+    yield "rms_norm offset", lambda x, w: rms_norm(x, w, weight_offset=1.0), (x, w)
+    yield "rope", lambda q, k: rope(q, k, *table), (q, _randn(2, 5, 2, 6))
+    yield (
+        "rope interleaved at positions",
+        lambda q, k: rope(q, k, *table, positions=torch.arange(10).view(2, 5) % 8, interleaved=True),
+        (q, _randn(2, 5, 2, 6)),
+    )
+    yield "attention", lambda *a: flash_attention(*a, return_lse=True), (q, k, v)
+    yield "attention causal", lambda *a: flash_attention(*a, causal=True), (q, k, v)
+    yield "attention window", lambda *a: flash_attention(*a, window=(2, 1)), (q, k, v)
+    yield "attention softcap", lambda *a: flash_attention(*a, softcap=1.5), (q, k, v)
+    yield "attention alibi", lambda *a: flash_attention(*a, alibi_slopes=slopes), (q, k, v)
+    yield (
+        "attention sink",
+        lambda q, k, v, s: flash_attention(q, k, v, sink=s, causal=True, return_lse=True),
+        (q, k, v, _randn(4)),
+    )
+    packed = _randn(8, 4, 6), _randn(9, 2, 6), _randn(9, 2, 6, seed=3)
+    yield "attention varlen", _packed, packed
+    yield "moe softmax", _moe, (_randn(6, 4), _randn(6, 3))
+    yield "moe sigmoid", lambda x, z: _moe(x, z, score="sigmoid"), (_randn(6, 4), _randn(6, 3))
+    yield "moe capacity", lambda x, z: _moe(x, z, capacity=2), (_randn(6, 4), _randn(6, 3))
+    yield (
+        "moe bias",
+        lambda x, z: _moe(x, z, bias=torch.tensor([0.5, 0.0, -0.5], dtype=torch.float64)),
+        (_randn(6, 4), _randn(6, 3)),
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("call", "inputs"), [pytest.param(c, i, id=n) for n, c, i in _cases()])
+def test_gradcheck(call, inputs, backend):
+    with use_backend(backend):
+        assert gradcheck(call, [t.clone().requires_grad_() for t in inputs], atol=1e-7)
+
+
+@pytest.mark.parametrize(("call", "inputs"), [pytest.param(c, i, id=n) for n, c, i in _cases()])
+def test_compiles_without_a_graph_break_to_the_same_numbers(call, inputs):
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    eager_in = [t.float().requires_grad_() for t in inputs]
+    compiled_in = [t.float().requires_grad_() for t in inputs]
+    eager, out = _flat(call(*eager_in)), _flat(compiled(*compiled_in))
+    grads = [torch.randn_like(o) for o in eager]
+    torch.autograd.backward(eager, grads)
+    torch.autograd.backward(out, grads)
+    for a, b in zip((*eager, *eager_in), (*out, *compiled_in), strict=True):
+        torch.testing.assert_close(a, b)
+        if a.is_leaf:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_compiles_with_inductor():
+    x, w = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+
+    def block(x, w):
+        y = rms_norm(x * 2, w)
+        q = y.view(1, 4, 4, 8)
+        return flash_attention(q, q, q, causal=True) + 1
+
+    out = torch.compile(block, fullgraph=True)(x, w)
+    torch.testing.assert_close(out, block(x, w))
+    out.backward(torch.randn_like(out))
+    assert x.grad is not None
+
+
+def test_unused_outputs_cost_no_gradient():
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    _, lse = flash_attention(q, q, q, return_lse=True)
+    lse.backward(torch.randn_like(lse))  # the gradient of out is absent
+    assert torch.isfinite(q.grad).all()
+
+
+def test_autocast_casts_q_k_v():
+    q = torch.randn(1, 8, 2, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_attention(q, q, q)
+    assert out.dtype == torch.bfloat16
+    out.backward(torch.randn_like(out))
+    assert q.grad.dtype == torch.float32
+
+
+def test_the_backward_runs_on_the_backend_of_the_forward():
+    ran = []
+    backend = OPS["rms_norm_backward"].backend("reference")
+    original = backend.run
+    object.__setattr__(backend, "run", lambda *a: ran.append("reference") or original(*a))
+    try:
+        x = torch.randn(2, 8, requires_grad=True)
+        OPS["rms_norm_backward"]._chosen.clear()
+        with use_backend({"rms_norm": "reference"}):
+            y = rms_norm(x)
+        y.backward(torch.randn_like(y))
+    finally:
+        object.__setattr__(backend, "run", original)
+        OPS["rms_norm_backward"]._chosen.clear()
+    assert ran == ["reference"]
+
+
+def test_routing_of_another_router_equals_ours():
+    logits, x = torch.randn(16, 4), torch.randn(16, 8)
+    ours = moe_route(logits, 2)
+    theirs = Routing.of(ours.weights, ours.expert_ids.long(), 4)
+    assert torch.equal(theirs.tokens_per_expert, ours.tokens_per_expert)
+    a, plan = moe_dispatch(x, ours)
+    b, _ = moe_dispatch(x, theirs)
+    assert torch.equal(a, b)
+    assert torch.equal(plan.offsets[1:] - plan.offsets[:-1], ours.tokens_per_expert)
+
+
+def _flat(out):
+    return (out,) if isinstance(out, torch.Tensor) else tuple(out)

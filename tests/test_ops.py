@@ -1,0 +1,140 @@
+"""Every op, forward and backward, on every backend, dtype and sample of its declaration.
+
+Left out, with reasons: the stock backends (`torch`, `reference`) of attention in half precision:
+they round scores or probabilities to 16 bits on the way, as eager code does, and miss the accuracy
+rule by up to 100x (log-sum-exp) and 2x (gradients); they are peers to compare with, not kernels we
+vouch for. Strides, empty and awkward sizes are samples, so they are in the grid.
+"""
+
+import itertools
+
+import pytest
+import torch
+from numerics import error_over_slack
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from ceg_kernels import OPS, use_backend
+from ceg_kernels.op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+GRID = [
+    pytest.param(op, backend, dtype, device, id=f"{op.name}-{backend.name}-{dtype}-{device}")
+    for op, dtype, device in itertools.product(OPS.values(), DTYPES, DEVICES)
+    for backend in op.backends
+    if not (op.name.startswith("attention") and backend.name in ("torch", "reference")
+            and dtype.itemsize == 2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "device"), GRID)
+def test_accuracy(op, backend, dtype, device):
+    ran = 0
+    for sample in op.samples(dtype, device):
+        if backend.why_not(*sample.args) is None:
+            worst = error_over_slack(op, backend, sample.args)
+            assert worst <= 1, f"{sample.name}: error is {worst:.2f} times what the rule allows"
+            ran += 1
+    if not ran:
+        pytest.skip(f"{backend.name} refuses every sample in {dtype} on {device}")
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_same_bits_every_time_and_for_any_number_of_threads(op):
+    threads = torch.get_num_threads()
+    for sample in op.samples(torch.float32, "cpu"):
+        backend = op.choose(*sample.args)
+        first = _flat(backend.run(*sample.args))
+        try:
+            torch.set_num_threads(3 if threads != 3 else 2)
+            again = _flat(backend.run(*sample.args))
+        finally:
+            torch.set_num_threads(threads)
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(_bits(a), _bits(b)), sample.name
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_opcheck(op):
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for sample in itertools.islice(op.samples(torch.float32, "cpu"), 0, None, 3):
+        args = [_needs_grad(a) if op.backward is not None else a for a in sample.args]
+        result = opcheck(op.overload, tuple(args), test_utils=tests, raise_exception=False)
+        assert set(result.values()) == {"SUCCESS"}, (sample.name, result)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_fakes_promise_what_each_backend_returns(op, backend):
+    for sample in op.samples(torch.float32, "cpu"):
+        if op.backend(backend).why_not(*sample.args) is not None:
+            continue
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]
+        with use_backend(backend):
+            outs = _flat(op(*sample.args))
+        for out, fake in zip(outs, _flat(op.fake(*meta)), strict=True):
+            expected = (fake.shape, fake.dtype, fake.stride())
+            assert (out.shape, out.dtype, out.stride()) == expected, sample.name
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_flop_counter_counts_the_declared_cost(op):
+    for shape in op.shapes.values():
+        if shape.group == "quick":
+            args = shape.make(torch.float32, "cpu")
+            with FlopCounterMode(display=False) as counter:
+                op(*args)
+            assert counter.get_total_flops() == op.cost(*args).flops
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_cost_needs_shapes_only_and_bytes_are_those_of_inputs_and_outputs(op):
+    for name, shape in op.shapes.items():
+        if shape.group != "quick":
+            continue
+        args = shape.make(torch.bfloat16, "cpu")
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        cost, outs = op.cost(*args), _flat(op.fake(*meta))
+        assert op.cost(*meta) == cost
+        tensors = [a for a in (*args, *outs) if isinstance(a, torch.Tensor)]
+        # dispatch and combine carry an index for their backward that they do not read themselves
+        unread = args[2].nbytes if op.name in ("moe_dispatch", "moe_combine") else 0
+        assert cost.bytes == sum(t.nbytes for t in tensors) - unread, name
+
+
+def _errors():
+    for op in OPS.values():
+        for i, case in enumerate(op.error_inputs()):
+            yield pytest.param(case, id=f"{op.name}-{i}")
+
+
+@pytest.mark.parametrize("case", _errors())
+def test_bad_input_is_refused_by_name(case):
+    with pytest.raises(case.error, match=case.match):
+        case.call()
+
+
+def test_every_public_op_has_error_inputs():
+    public = {name for name in OPS if not name.endswith("_backward") and name != "moe_index"}
+    assert public == {op.name for op in OPS.values() if list(op.error_inputs())}
+
+
+def test_a_new_op_needs_the_reference_last():
+    rope = OPS["rope"]
+    with pytest.raises(ValueError, match="last backend of x must be reference"):
+        Op("x", rope.schema, rope.reference, rope.fake, rope.cost, rope.samples, {},
+           rope.backends[:1])  # fmt: skip
+
+
+def _flat(out):
+    return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+
+
+def _bits(t):
+    return t.view(torch.int32) if t.dtype == torch.float32 else t
+
+
+def _needs_grad(a):
+    floating = isinstance(a, torch.Tensor) and a.is_floating_point()
+    return a.detach().clone().requires_grad_() if floating else a
