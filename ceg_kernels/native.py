@@ -48,7 +48,7 @@ def cpu_backends(
 
     `run(*args, isa=...)` calls the launcher; isa "" is the best level.
     """
-    levels = [] if _C is None else _C.isa_levels()["available"]
+    levels: list[str] = [] if _C is None else _C.isa_levels()["available"]
     named = {"cpu": "", **{f"cpu:{level}": level for level in levels}}
     return tuple(
         Backend(name, partial(run, isa=isa), refuses, executed_flops, automatic=not isa)

@@ -199,8 +199,8 @@ def use_backend(backend: str | Mapping[str, str] | None) -> Iterator[None]:
     """Force a backend for the ops called inside (and for their backward).
 
     `backend`: a name for all ops, or `{op: name}` for some (an op's entry covers its backward), or
-    None for the automatic choice. Raises ValueError for a name that no op has; an op that cannot run
-    its arguments on the forced backend raises RuntimeError and says why: nothing falls back.
+    None for the automatic choice. Raises ValueError for a name that no op has; an op that cannot
+    run its arguments on the forced backend raises RuntimeError and says why: nothing falls back.
     """
     for op, name in backend.items() if isinstance(backend, Mapping) else ():
         if op not in OPS:

@@ -52,7 +52,9 @@ def _cases():
     yield "rope", lambda q, k: rope(q, k, *table), (q, _randn(2, 5, 2, 6))
     yield (
         "rope interleaved at positions",
-        lambda q, k: rope(q, k, *table, positions=torch.arange(10).view(2, 5) % 8, interleaved=True),
+        lambda q, k: rope(
+            q, k, *table, positions=torch.arange(10).view(2, 5) % 8, interleaved=True
+        ),
         (q, _randn(2, 5, 2, 6)),
     )
     yield "attention", lambda *a: flash_attention(*a, return_lse=True), (q, k, v)

@@ -1,4 +1,4 @@
-"""Choosing a backend: forcing, refusing with reasons, explaining; and which module imports which."""
+"""Choosing a backend: forcing, refusing with reasons, explaining; and who imports whom."""
 
 import ast
 import subprocess
@@ -133,7 +133,9 @@ def test_imports_go_one_way(place):
 
 def test_ceg_kernels_never_imports_the_model():
     for file in (ROOT / "ceg_kernels").rglob("*.py"):
-        assert not [m for m in _imports(file) if m.startswith(("ceg_model", "bench", "tests"))], file
+        assert not [m for m in _imports(file) if m.startswith(("ceg_model", "bench", "tests"))], (
+            file
+        )
 
 
 def _imports(file):

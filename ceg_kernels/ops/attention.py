@@ -112,7 +112,7 @@ def samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         slopes = (make(h) if dims == 1 else make(b, h)).abs().float() * 0.3 if dims else None
         tail = None, None, tq, tk, slopes, sink, d**-0.5, causal, left, right, softcap
         yield Sample(name, (q, k, v, *tail))
-    plain = None, None, 96, 96, None, None, 0.2, True, -1, -1, 0.0
+    plain: tuple = None, None, 96, 96, None, None, 0.2, True, -1, -1, 0.0
     packed = make(2, 96, 3, 2, 32)
     yield Sample("packed qkv", (packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], *plain))
     heads_first = [make(2, 2, 96, 32).transpose(1, 2) for _ in range(3)]
@@ -127,11 +127,11 @@ def samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     cu_k = torch.tensor([0, 40, 45, 45, 110], dtype=torch.int32, device=device)
     qkv = make(81, 4, 32), make(110, 2, 32), make(110, 2, 32)
     for causal in (False, True):
-        tail = cu_q, cu_k, 63, 65, None, None, 0.2, causal, -1, -1, 0.0
-        yield Sample(f"varlen causal={causal}", (*qkv, *tail))
+        flags = None, None, 0.2, causal, -1, -1, 0.0
+        yield Sample(f"varlen causal={causal}", (*qkv, cu_q, cu_k, 63, 65, *flags))
     sink, slopes = make(4).to(native.math_dtype(dtype)), make(4, 4).abs().float()
-    tail = cu_q, cu_k, 63, 65, slopes, sink, 0.2, True, 20, -1, 4.0
-    yield Sample("varlen everything", (*qkv, *tail))
+    all_flags = slopes, sink, 0.2, True, 20, -1, 4.0
+    yield Sample("varlen everything", (*qkv, cu_q, cu_k, 63, 65, *all_flags))
 
 
 def _backward_args(args: tuple, make, with_dlse: bool) -> tuple:
@@ -240,9 +240,15 @@ def error_inputs() -> Iterator[ErrorInput]:
     good = torch.tensor([0, 5], dtype=torch.int32)
     yield ErrorInput(lambda: flash(q[0], k, k), r"q must be \(B, T, H, D\), got \(5, 4, 8\)")
     yield ErrorInput(lambda: flash(q.int(), k, k), "q must have dtype in .*, got int32", TypeError)
-    yield ErrorInput(lambda: flash(q, k.half(), k), "k must have dtype float32, got float16", TypeError)
-    yield ErrorInput(lambda: flash(q, k[..., :7], k), r"k must be \(2, Tk, H_kv, 8\), got \(2, 7, 2, 7")
-    yield ErrorInput(lambda: flash(q, k, k[:, :6]), r"v must be \(2, 7, 2, Dv\), got \(2, 6, 2, 8\)")
+    yield ErrorInput(
+        lambda: flash(q, k.half(), k), "k must have dtype float32, got float16", TypeError
+    )
+    yield ErrorInput(
+        lambda: flash(q, k[..., :7], k), r"k must be \(2, Tk, H_kv, 8\), got \(2, 7, 2, 7"
+    )
+    yield ErrorInput(
+        lambda: flash(q, k, k[:, :6]), r"v must be \(2, 7, 2, Dv\), got \(2, 6, 2, 8\)"
+    )
     yield ErrorInput(
         lambda: flash(q[:, :, :3], k, k), "heads of k and v must divide the 3 heads of q, got 2"
     )
@@ -256,14 +262,16 @@ def error_inputs() -> Iterator[ErrorInput]:
         r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)",
     )
     yield ErrorInput(
-        lambda: packed(q[0], q[0], q[0], cu, cu), r"cu_seqlens_q must rise from 0 to 5.*\[0, 4, 2, 5"
+        lambda: packed(q[0], q[0], q[0], cu, cu),
+        r"cu_seqlens_q must rise from 0 to 5.*\[0, 4, 2, 5",
     )
     yield ErrorInput(
         lambda: packed(q[0], q[0], q[0], good.long(), good),
         "cu_seqlens_q must have dtype int32, got int64", TypeError,
     )  # fmt: skip
     yield ErrorInput(
-        lambda: packed(q[0], q[0], q[0], good, cu), r"cu_seqlens_k must have shape \(2,\), got \(4,\)"
+        lambda: packed(q[0], q[0], q[0], good, cu),
+        r"cu_seqlens_k must have shape \(2,\), got \(4,\)",
     )
 
 
@@ -359,8 +367,8 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + mask) v, without ever storing the scores.
 
-    q: (B, Tq, H, D); k: (B, Tk, H_kv, D); v: (B, Tk, H_kv, Dv); H_kv divides H (GQA, MQA); one dtype of
-    fp32, bf16, fp16, fp64; any strides. softmax_scale: default 1 / sqrt(D). Masks are aligned
+    q: (B, Tq, H, D); k: (B, Tk, H_kv, D); v: (B, Tk, H_kv, Dv); H_kv divides H (GQA, MQA); one
+    dtype of fp32, bf16, fp16, fp64; any strides. softmax_scale: default 1 / sqrt(D). Masks are aligned
     bottom-right: query i stands beside key i + Tk - Tq. causal: no key to its right. window:
     (left, right) keys visible beside it, -1 for no limit. softcap c > 0: scores become
     c tanh(s / c). alibi_slopes: (H,) or (B, H) fp32, no gradient. sink: (H,) logits that only enter
@@ -397,8 +405,8 @@ def flash_attention_varlen(
 
     q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, Dv). cu_seqlens_q, cu_seqlens_k:
     (B + 1,) int32, first rows of the sequences and the total behind them; a sequence may be empty.
-    max_seqlen: the longest. The rest as in `flash_attention`; lse is (H, total_q). Raises ValueError
-    also for cu_seqlens that fall or do not end at the total (looked at on CPU only: on a GPU
+    max_seqlen: the longest. The rest as in `flash_attention`; lse is (H, total_q). Raises
+    ValueError also for cu_seqlens that fall or do not end at the total (looked at on CPU only: on a GPU
     looking would wait for it).
     """
     if q.dim() != 3:
@@ -443,7 +451,9 @@ def _check(q, k, v, batch, window, softcap, alibi_slopes, sink):
     arguments.check_like("k", k, q, k.shape, dtypes=(q.dtype,))
     arguments.check_like("v", v, q, v.shape, dtypes=(q.dtype,))
     if len(window) != 2 or min(window) < -1:
-        raise ValueError(f"window must be (left, right), each >= 0 or -1 for no limit, got {window}")
+        raise ValueError(
+            f"window must be (left, right), each >= 0 or -1 for no limit, got {window}"
+        )
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0 (0 is off), got {softcap}")
     if sink is not None:

@@ -1,4 +1,4 @@
-"""Attention as the plain formula, T x T scores and all: the gold in fp64, the paper's baseline in use.
+"""Attention as the plain formula, T x T scores and all: gold in fp64, the paper's baseline in use.
 
 Scores of query i and key j, with visible keys aligned bottom-right when Tq != Tk:
 
@@ -16,6 +16,7 @@ delta = rowsum(dout * out) - dlse, ds = p * (dout.v - delta), and dsink = sum of
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def _dense_backward(
 def boundaries(cu_seqlens: Tensor, name: str, total: int) -> list[int]:
     """cu_seqlens as a list; ValueError unless it rises from 0 to the number of rows."""
     at = cu_seqlens.tolist()
-    if not at or at[0] != 0 or at[-1] != total or any(a > b for a, b in zip(at, at[1:], strict=False)):
+    if not at or at[0] != 0 or at[-1] != total or any(a > b for a, b in pairwise(at)):
         raise ValueError(f"{name} must rise from 0 to {total} without falling, got {at[:9]}")
     return at
 
@@ -136,7 +137,7 @@ def boundaries(cu_seqlens: Tensor, name: str, total: int) -> list[int]:
 def per_sequence(
     dense: Callable, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, take: Callable
 ) -> list[tuple]:
-    """`dense` over each sequence of a packed batch; `take(i, queries, keys)` gives its arguments."""
+    """`dense` over each sequence of a packed batch; `take(i, queries, keys)` its arguments."""
     at_q = boundaries(cu_q, "cu_seqlens_q", q.shape[0])
     at_k = boundaries(cu_k, "cu_seqlens_k", k.shape[0])
     pairs = zip(at_q, at_q[1:], at_k, at_k[1:], strict=False)
@@ -168,7 +169,9 @@ def varlen(dense: Callable) -> Callable:
 def varlen_backward(dense: Callable) -> Callable:
     """The same for a backward."""
 
-    def backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, alibi_slopes, sink, *rest):
+    def backward(
+        dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, alibi_slopes, sink, *rest
+    ):
         if cu_q is None:
             return dense(dout, dlse, q, k, v, out, lse, alibi_slopes, sink, *rest)
 

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 def _bias(q, k, alibi_slopes, causal, left, right):
     """(is_causal, attn_mask, blind rows): the flag where it means the same, else a float bias."""
-    (b, tq, h, _), tk = q.shape, k.shape[1]
+    b, tq, tk = q.shape[0], q.shape[1], k.shape[1]
     if alibi_slopes is None and left < 0 and (causal or right < 0) and (tq == tk or not causal):
         return causal, None, None
     wide = native.math_dtype(q.dtype)  # ATen adds an fp32 bias to half-precision scores in fp32
@@ -116,9 +116,7 @@ def run_backward(
     if q.device.type == "cpu":
         return _cpu_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *tail)
     if dlse is not None:
-        return reference_backward(
-            dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *tail
-        )
+        return reference_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *tail)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     dq, dk, dv = aten._flash_attention_backward(
         dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, no_dropout,
@@ -149,5 +147,3 @@ def why_not(q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes, sink, scale, causal
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"FlashAttention needs head_dim <= 256 and a multiple of 8, got {q.shape[-1]}"
     return None
-
-

@@ -23,7 +23,11 @@ from ceg_kernels.ops.moe_route import Routing, moe_route
 
 
 def reference_dispatch(x, sources, slots):
-    rows = x[sources.long().clamp(min=0) // slots.shape[1]] if x.shape[0] else x.new_zeros(0, x.shape[1])
+    rows = (
+        x[sources.long().clamp(min=0) // slots.shape[1]]
+        if x.shape[0]
+        else x.new_zeros(0, x.shape[1])
+    )
     return rows.masked_fill((sources < 0).unsqueeze(-1), 0)
 
 
@@ -140,8 +144,8 @@ def run_cpu_combine(y, slots, sources, weights, *, isa=""):
 
 def run_cpu_combine_backward(dout, y, slots, sources, weights, *, isa=""):
     dout, y = native.unit_stride(dout), native.unit_stride(y)
-    w = native.as_math(weights, y.dtype)
-    dy, dweights = y.new_empty(y.shape), torch.empty_like(w)
+    w = weights.to(native.math_dtype(y.dtype)).contiguous()
+    dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=w.dtype)
     native._C.moe_combine_bwd(
         dout, y, sources, slots, w, dy, dweights, torch.get_num_threads(), isa
     )
@@ -164,7 +168,9 @@ def error_inputs_dispatch() -> Iterator[ErrorInput]:
     x, routing = torch.zeros(4, 8), moe_route(torch.zeros(4, 3), 2)
     bad = Routing(routing.weights, routing.expert_ids + 5, routing.tokens_per_expert)
     yield ErrorInput(lambda: moe_dispatch(x[0], routing), r"x must be \(N, D\), got \(8,\)")
-    yield ErrorInput(lambda: moe_dispatch(x[:3], routing), "routing must be for N = 3 tokens, got 4")
+    yield ErrorInput(
+        lambda: moe_dispatch(x[:3], routing), "routing must be for N = 3 tokens, got 4"
+    )
     yield ErrorInput(
         lambda: moe_dispatch(x, routing, capacity=-2), "capacity must be >= 0 or None, got -2"
     )
@@ -268,7 +274,7 @@ def moe_dispatch(
     keeps at most, the first ones in token order; None keeps all (dropless). Returns x_sorted
     (N * K, D), zeros in rows that hold nothing, and the plan; expert e has rows
     plan.offsets[e] to plan.offsets[e + 1]. No host sync on a GPU. Differentiable in x. Raises
-    TypeError for a dtype and ValueError for a shape, capacity or (on CPU) an expert id out of range.
+    TypeError for a dtype and ValueError for a shape, capacity or (on CPU) an expert id.
     """
     arguments.check_float("x", x)
     if x.dim() != 2:

@@ -1,8 +1,8 @@
 """Sorting the choices of a router by expert: where each goes, and where each row comes from.
 
 A *choice* is a (token, k) pair, numbered token * K + k. The sort is stable, so rows of one expert
-keep token order: `slots[n, k]` is the row of a choice in the sorted buffer, `sources[r]` the choice in
-row r, `offsets[e]` the first row of expert e. A choice beyond its expert's capacity is dropped:
+keep token order: `slots[n, k]` is the row of a choice in the sorted buffer, `sources[r]` the choice
+in row r, `offsets[e]` the first row of expert e. A choice beyond its expert's capacity is dropped:
 slot -1; rows behind offsets[E] hold nothing: source -1.
 """
 

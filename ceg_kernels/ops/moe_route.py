@@ -81,7 +81,7 @@ def cost(logits, bias, top_k, score, renormalize):
 
 
 def cost_backward(dweights, logits, expert_ids, score, renormalize):
-    """The scores again are executed, not counted; softmax 4, sigmoid 3; 5 per renormalised weight."""
+    """The scores again are executed, not counted; softmax 4, sigmoid 3; 5 to renormalise."""
     per_logit = 4 if score == "softmax" else 3
     flops = per_logit * logits.numel() + (5 * dweights.numel() if renormalize else 0)
     return Cost(flops, 2 * logits.nbytes + dweights.nbytes + expert_ids.nbytes)
@@ -160,8 +160,10 @@ def run_cpu_backward(dweights, logits, expert_ids, score, renormalize, *, isa=""
 def fake(logits, bias, top_k, score, renormalize):
     n, e = logits.shape
     weights = logits.new_empty((n, top_k), dtype=native.math_dtype(logits.dtype))
-    return weights, weights.new_empty((n, top_k), dtype=torch.int32), logits.new_empty(
-        e, dtype=torch.int32
+    return (
+        weights,
+        weights.new_empty((n, top_k), dtype=torch.int32),
+        logits.new_empty(e, dtype=torch.int32),
     )
 
 
@@ -186,7 +188,9 @@ def error_inputs() -> Iterator[ErrorInput]:
         lambda: Routing.of(torch.zeros(4, 2), ids, 3),
         r"expert_ids must have shape \(4, 2\), got \(4, 3\)",
     )
-    yield ErrorInput(lambda: Routing.of(torch.zeros(4, 3), ids + 3, 3), r"expert_ids must be in \[0")
+    yield ErrorInput(
+        lambda: Routing.of(torch.zeros(4, 3), ids + 3, 3), r"expert_ids must be in \[0"
+    )
 
 
 def save(ctx, inputs, output):
@@ -272,8 +276,8 @@ def moe_route(
 ) -> Routing:
     """Choose top_k experts a token and their weights.
 
-    logits: (N, E), fp32, bf16, fp16 or fp64. score: "softmax" or "sigmoid". bias: (E,), added to the
-    scores for the choice only. renormalize: weights of a token sum to 1. Ties go to the lower
+    logits: (N, E), fp32, bf16, fp16 or fp64. score: "softmax" or "sigmoid". bias: (E,), added to
+    the scores for the choice only. renormalize: weights of a token sum to 1. Ties go to the lower
     index; experts come in falling order. Differentiable in logits through the weights. Raises
     TypeError for a dtype and ValueError for a shape, score or top_k that does not fit.
     """

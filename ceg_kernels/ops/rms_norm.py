@@ -199,9 +199,7 @@ def save(ctx, inputs, output):
 def backward(ctx, dy, dh, drstd):
     h, weight, rstd = ctx.saved_tensors
     dy = torch.zeros_like(h) if dy is None else dy
-    dx, dweight = RMS_NORM_BACKWARD(
-        dy, dh if ctx.residual else None, h, weight, rstd, ctx.offset
-    )
+    dx, dweight = RMS_NORM_BACKWARD(dy, dh if ctx.residual else None, h, weight, rstd, ctx.offset)
     return dx, None if weight is None else dweight, dx if ctx.residual else None, None, None
 
 
