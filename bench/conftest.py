@@ -14,6 +14,7 @@ from ceg_kernels.measure.suite import DTYPES, STOCK
 from ceg_kernels.measure.table import render, roofs_lines
 
 ROWS = pytest.StashKey[list]()
+ROOFS = pytest.StashKey[Roofs]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +37,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "backend"), found)
 
 
+def roofs_of(config: pytest.Config) -> Roofs:
+    """Measured once a session at most, also where the machine was too busy to keep them."""
+    if ROOFS not in config.stash:
+        config.stash[ROOFS] = measure(_device(config))
+    return config.stash[ROOFS]
+
+
 class Measured:
     """Runs each case once, for all of its backends that were selected; keeps the latest only."""
 
@@ -46,7 +54,6 @@ class Measured:
             params = item.callspec.params if hasattr(item, "callspec") else {}
             if "case" in params and "backend" in params:
                 self.backends.setdefault(params["case"], []).append(params["backend"])
-        self.roofs: Roofs | None = None
         self.case: Case | None = None
         self.args: tuple = ()
         self.results: dict[str, Result] = {}
@@ -58,10 +65,8 @@ class Measured:
 
     def result(self, case: Case, backend: str) -> Result | None:
         if case != self.case or not self.results:
-            if self.roofs is None:
-                self.roofs = measure(case.device)
             self.case = case
-            self.results = run_case(case, self.backends[case], roofs=self.roofs)
+            self.results = run_case(case, self.backends[case], roofs=roofs_of(self.config))
             self.config.stash[ROWS].extend(result.row for result in self.results.values())
         return self.results.get(backend)
 
@@ -72,7 +77,7 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    roofs = measure(_device(config))
+    roofs = roofs_of(config)
     machine_info["ceg"] = {
         "device": roofs.device_name, "threads": roofs.threads, "flops": roofs.flops,
         "copy_bytes_per_s": roofs.copy_bytes_per_s, "versions": roofs.versions,
@@ -87,9 +92,9 @@ def pytest_terminal_summary(
         return
     from rich.console import Console
 
-    console = Console(width=None if terminalreporter.isatty else 200)
+    console = Console(width=None if terminalreporter.isatty else 220)
     terminalreporter.section("roofs of this machine, measured")
-    roofs = measure(_device(config))
+    roofs = roofs_of(config)
     terminalreporter.write_line("\n".join(roofs_lines(roofs)))
     terminalreporter.section("benchmarks")
     console.print(render(rows))
