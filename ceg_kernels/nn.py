@@ -8,6 +8,7 @@ MoE: Mixtral's `gate.weight, experts.gate_up_proj, experts.down_proj`, DeepSeek-
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class FlashAttention(nn.Module):
         self.softcap = softcap
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attention(
+        out = flash_attention(
             q,
             k,
             v,
@@ -115,6 +116,7 @@ class FlashAttention(nn.Module):
             window=self.window,
             softcap=self.softcap,
         )
+        return cast(Tensor, out)
 
     def extra_repr(self) -> str:
         return f"causal={self.causal}, window={self.window}, softcap={self.softcap}"

@@ -92,6 +92,15 @@ class GPTConfig:
         numerator, parts = (4, visited) if kind == "gelu" else (8, 3 * visited)
         return -(-numerator * self.d_model // (parts * 8)) * 8
 
+    @property
+    def router_score(self) -> str:
+        return "sigmoid" if self.balance == "bias" else "softmax"
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether a token's expert weights add up to 1: a single one would, and teach nothing."""
+        return self.top_k > 1
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -121,9 +121,8 @@ def _count_mlp(count: _Count, config: GPTConfig, tokens: int) -> None:
     slots = _meta(tokens, top_k, dtype=torch.int32)
     sources = _meta(tokens * top_k, dtype=torch.int32)
     x, rows = _meta(tokens, config.d_model), _meta(tokens * top_k, config.d_model)
-    balanced = config.balance == "bias"
-    how = ("sigmoid" if balanced else "softmax", top_k > 1)
-    bias = _meta(experts) if balanced else None
+    how = (config.router_score, config.renormalize)
+    bias = _meta(experts) if config.balance == "bias" else None
     count.op(
         "moe_route",
         (logits, bias, top_k, *how),

@@ -15,7 +15,7 @@ values.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,9 @@ class LanguageModel(nn.Module):
                 parameter.copy_(normal * self._std(name))
             elif name.endswith("bias"):
                 parameter.zero_()
+        for module in self.modules():
+            if isinstance(module, LSTMLayer):
+                module.open_forget_gate()
 
     def _std(self, name: str) -> float:
         return 0.02
@@ -177,8 +180,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, heads)
         if rotary is not None:
             q, k = rotary(q, k)
-        out = flash_attention(q, k, v, causal=True, window=self.window)
-        return self.o_proj(out.flatten(-2))
+        out = cast(Tensor, flash_attention(q, k, v, causal=True, window=self.window))
+        return self.o_proj(out.flatten(-2))  # (B, T, H D) -> (B, T, d)
 
 
 class LSTM(LanguageModel):
@@ -190,8 +193,6 @@ class LSTM(LanguageModel):
             self.norms = nn.ModuleList(_norm(config.norm, config) for _ in range(config.n_layer))
             self.layers = nn.ModuleList(LSTMLayer(config.d_model) for _ in range(config.n_layer))
         self._initialise(seed)
-        for layer in self.layers:
-            layer.open_forget_gate()
 
     def hidden(self, idx: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.dropout(self.embed(idx))
@@ -262,9 +263,8 @@ def _mlp(config: GPTConfig) -> nn.Module:
             config.num_experts,
             config.top_k,
             gated=config.expert == "swiglu",
-            score="sigmoid" if config.balance == "bias" else "softmax",
-            # One weight divided by itself is 1, and the router would learn nothing.
-            renormalize=config.top_k > 1,
+            score=config.router_score,
+            renormalize=config.renormalize,
             balance_bias=config.balance == "bias",
             shared_width=width if config.shared_expert else 0,
         )

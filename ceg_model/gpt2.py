@@ -41,47 +41,47 @@ def gpt2_from_state_dict(state_dict: Mapping[str, Tensor], n_head: int, eps: flo
         bias=True,
     )
     model = GPT(config)
-    model.load_state_dict(_renamed(source, config), strict=True)
+    model.load_state_dict(_renamed(source, model.state_dict(), config.n_layer), strict=True)
     return model
 
 
-def _renamed(source: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+def _renamed(
+    source: dict[str, Tensor], wanted: Mapping[str, Tensor], n_layer: int
+) -> dict[str, Tensor]:
     """Our names and layout: Hugging Face stores (in, out), torch's Linear (out, in)."""
-    left = dict(source)
     ours: dict[str, Tensor] = {}
-
-    def take(theirs: str, shape: tuple[int, ...]) -> Tensor:
-        if theirs not in left:
-            raise ValueError(f"state_dict must have {theirs!r}, and has not")
-        tensor = left.pop(theirs)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{theirs} must have shape {shape}, got {tuple(tensor.shape)}")
-        return tensor.t() if tensor.dim() == 2 and theirs.startswith("h.") else tensor
-
-    d, width = config.d_model, config.ff_width
-    ours["embed.weight"] = take("wte.weight", (config.vocab_size, d))
-    ours["positions.weight"] = take("wpe.weight", (config.seq_len, d))
-    for part in ("weight", "bias"):
-
-        def shape(rows: int, columns: int, part: str = part) -> tuple[int, ...]:
-            return (rows, columns) if part == "weight" else (columns,)
-
-        ours[f"final_norm.{part}"] = take(f"ln_f.{part}", (d,))
-        for i in range(config.n_layer):
-            theirs, block = f"h.{i}", f"blocks.{i}"
-            qkv = take(f"{theirs}.attn.c_attn.{part}", shape(d, 3 * d)).split(d)
-            for name, tensor in zip("qkv", qkv, strict=True):
-                ours[f"{block}.attn.{name}_proj.{part}"] = tensor
-            ours[f"{block}.attn.o_proj.{part}"] = take(f"{theirs}.attn.c_proj.{part}", shape(d, d))
-            ours[f"{block}.mlp.up_proj.{part}"] = take(f"{theirs}.mlp.c_fc.{part}", shape(d, width))
-            ours[f"{block}.mlp.down_proj.{part}"] = take(
-                f"{theirs}.mlp.c_proj.{part}", shape(width, d)
-            )
-            ours[f"{block}.attn_norm.{part}"] = take(f"{theirs}.ln_1.{part}", (d,))
-            ours[f"{block}.mlp_norm.{part}"] = take(f"{theirs}.ln_2.{part}", (d,))
-    if left:
-        raise ValueError(f"state_dict must be GPT-2's alone, got also {_some(left)}")
+    for theirs, names in _names(n_layer).items():
+        if theirs not in source:
+            raise ValueError(f"state_dict must have {theirs!r} (GPT-2's), got {_some(source)}")
+        tensor = source.pop(theirs)
+        rows = [wanted[name].shape[0] for name in names]
+        shape = (sum(rows), *wanted[names[0]].shape[1:])
+        turned = theirs.startswith("h.") and len(shape) == 2
+        expected = shape[::-1] if turned else shape
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{theirs} must have shape {expected}, got {tuple(tensor.shape)}")
+        parts = (tensor.t() if turned else tensor).split(rows)
+        ours.update(zip(names, parts, strict=True))
+    if source:
+        raise ValueError(f"state_dict must be GPT-2's alone, got also {_some(source)}")
     return ours
+
+
+def _names(n_layer: int) -> dict[str, list[str]]:
+    """Theirs -> ours; their c_attn is our q, k and v, one below the other."""
+    names = {"wte.weight": ["embed.weight"], "wpe.weight": ["positions.weight"]}
+    for part in ("weight", "bias"):
+        names[f"ln_f.{part}"] = [f"final_norm.{part}"]
+        for i in range(n_layer):
+            names |= {
+                f"h.{i}.ln_1.{part}": [f"blocks.{i}.attn_norm.{part}"],
+                f"h.{i}.attn.c_attn.{part}": [f"blocks.{i}.attn.{x}_proj.{part}" for x in "qkv"],
+                f"h.{i}.attn.c_proj.{part}": [f"blocks.{i}.attn.o_proj.{part}"],
+                f"h.{i}.ln_2.{part}": [f"blocks.{i}.mlp_norm.{part}"],
+                f"h.{i}.mlp.c_fc.{part}": [f"blocks.{i}.mlp.up_proj.{part}"],
+                f"h.{i}.mlp.c_proj.{part}": [f"blocks.{i}.mlp.down_proj.{part}"],
+            }
+    return names
 
 
 def _some(names: Mapping[str, Tensor]) -> str:
