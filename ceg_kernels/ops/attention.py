@@ -368,9 +368,9 @@ def flash_attention(
     """softmax(scale * q k^T + mask) v, without ever storing the scores.
 
     q: (B, Tq, H, D); k: (B, Tk, H_kv, D); v: (B, Tk, H_kv, Dv); H_kv divides H (GQA, MQA); one
-    dtype of fp32, bf16, fp16, fp64; any strides. softmax_scale: default 1 / sqrt(D). Masks are aligned
-    bottom-right: query i stands beside key i + Tk - Tq. causal: no key to its right. window:
-    (left, right) keys visible beside it, -1 for no limit. softcap c > 0: scores become
+    dtype of fp32, bf16, fp16, fp64; any strides. softmax_scale: default 1 / sqrt(D). Masks are
+    aligned bottom-right: query i stands beside key i + Tk - Tq. causal: no key to its right.
+    window: (left, right) keys visible beside it, -1 for no limit. softcap c > 0: scores become
     c tanh(s / c). alibi_slopes: (H,) or (B, H) fp32, no gradient. sink: (H,) logits that only enter
     the denominator. Returns out (B, Tq, H, Dv) in q's dtype; with return_lse also the natural
     log-sum-exp (B, H, Tq), fp32 (fp64 for fp64), differentiable too. A row that sees no key has
@@ -406,8 +406,8 @@ def flash_attention_varlen(
     q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, Dv). cu_seqlens_q, cu_seqlens_k:
     (B + 1,) int32, first rows of the sequences and the total behind them; a sequence may be empty.
     max_seqlen: the longest. The rest as in `flash_attention`; lse is (H, total_q). Raises
-    ValueError also for cu_seqlens that fall or do not end at the total (looked at on CPU only: on a GPU
-    looking would wait for it).
+    ValueError also for cu_seqlens that fall or do not end at the total (looked at on CPU only: on
+    a GPU looking would wait for it).
     """
     if q.dim() != 3:
         raise ValueError(f"q must be (total, H, D), got {tuple(q.shape)}")

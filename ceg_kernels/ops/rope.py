@@ -219,11 +219,11 @@ def rope(
     """Rotate queries and keys by their positions, in one launch.
 
     q: (B, T, H, D) and k: (B, T, H_kv, D) of one dtype (fp32, bf16, fp16, fp64), any strides; D may
-    be larger than rotary_dim, the rest is copied. cos, sin: (rows, rotary_dim / 2), see `rope_table`.
+    exceed rotary_dim, the rest is copied. cos, sin: (rows, rotary_dim / 2), see `rope_table`.
     positions: (B, T) int32 or int64 rows of the table; None is 0..T-1. interleaved: pairs are
-    (2i, 2i + 1) instead of (i, i + rotary_dim / 2). Returns (q, k) rotated, contiguous, rounded once from fp32.
-    Differentiable in q and k. Raises TypeError for a dtype, ValueError for a shape, device, or (on
-    CPU, where looking costs no synchronisation) a position outside the table.
+    (2i, 2i + 1) instead of (i, i + rotary_dim / 2). Returns (q, k) rotated, contiguous, rounded
+    once from fp32. Differentiable in q and k. Raises TypeError for a dtype, ValueError for a shape,
+    device, or (on CPU, where looking costs no synchronisation) a position outside the table.
     """
     arguments.check_float("q", q)
     if q.dim() != 4:
