@@ -6,8 +6,8 @@
 base is the best rounding that fp32 maths can give, so the rule asks for "as good as the formula in
 fp32, within a factor" and needs no number per op, size or dtype. The half ulp is for outputs where
 base happens to be exact. fp64 outputs (they exist for gradcheck) are held to the same rule with the
-error of base scaled from fp32's precision to fp64's: an estimate, hence the wider slack of sums. Integer outputs must be equal; NaN and infinities must stand where gold
-has them.
+error of base scaled from fp32's precision to fp64's: an estimate, hence the wider slack of sums.
+Integer outputs must be equal; NaN and infinities must stand where gold has them.
 """
 
 from __future__ import annotations
