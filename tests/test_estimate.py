@@ -271,7 +271,7 @@ def test_mfu_above_one_is_refused():
     out = estimate(shifted(2.0), Options(peak_flops=1.2e12))["arms"]["arm"]
     assert out["status"] == "refused"
     assert "MFU 1.08 > 1" in out["reasons"][0]
-    with pytest.raises(OptionError, match=r"sparse figure of H100/H200 bf16, dense is 9\.895e"):
+    with pytest.raises(ValueError, match=r"H100 SXM and H200 with sparsity; dense is 9\.895e"):
         estimate(shifted(2.0), Options(peak_flops=1979e12))
 
 

@@ -2,8 +2,8 @@
 
 A *cell* is one scale and budget: arms are compared inside a cell, seed by seed.
 
-Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute, averaged
-over seeds. At the very end the target would be the extreme of the baseline's own noise, and an arm
+Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute,
+averaged over seeds. At the very end the target would be the extreme of the baseline's own noise, and an arm
 that is equal would fail to reach it half of the time.
 """
 
@@ -14,20 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ceg_model.mfu import check_dense
 from ceg_model.study.crossing import NOISE, loss_at, noise_sd, rise
 from ceg_model.study.curves import Curve, CurveError
 
 MODES = ("crossing", "slope")
 TARGET_FRACTION = 0.8
-
-# Marketing peaks with 2:4 sparsity, in FLOP/s; dense is half of each.
-SPARSE_PEAKS = {
-    1979e12: "H100/H200 bf16",
-    3958e12: "H100/H200 fp8",
-    624e12: "A100 bf16",
-    1513e12: "H100 PCIe bf16",
-    733e12: "L40S bf16",
-}
 
 
 class OptionError(ValueError):
@@ -67,11 +59,8 @@ def make_cells(curves: Sequence[Curve], options: Options) -> list[Cell]:
     names = list(dict.fromkeys(c.key.arm for c in curves))
     if options.baseline not in names:
         raise OptionError(f"--baseline must be one of {', '.join(names)}, got {options.baseline!r}")
-    if options.peak_flops in SPARSE_PEAKS:
-        raise OptionError(
-            f"--peak-flops must be a dense peak, got {options.peak_flops:g}: that is the sparse "
-            f"figure of {SPARSE_PEAKS[options.peak_flops]}, dense is {options.peak_flops / 2:g}"
-        )
+    if options.peak_flops is not None:
+        check_dense(options.peak_flops)
     cells: dict[str, Cell] = {}
     for curve in curves:
         name = "/".join(part for part in (curve.key.scale, curve.key.budget) if part)
@@ -86,7 +75,7 @@ def make_cells(curves: Sequence[Curve], options: Options) -> list[Cell]:
 
 
 def choose_target(cell: Cell, options: Options) -> None:
-    base = [c for c in cell.curves.get(options.baseline, {}).values()]
+    base = list(cell.curves.get(options.baseline, {}).values())
     for curve in base:
         cell.refusals.extend(distrust(curve, options))
     if not base:

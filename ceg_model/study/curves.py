@@ -1,4 +1,4 @@
-"""Loss curves: what the estimator reads, and the checks that refuse a curve before any number is made.
+"""Loss curves: what the estimator reads, and the checks that refuse a curve before it is used.
 
 A curve is one training run: the evaluations of one arm at one scale, budget and seed. Two kinds of
 trouble are kept apart. A file that cannot be read as curves raises CurveError, which names the line
@@ -76,7 +76,8 @@ def make_curve(
     found = [*problems, *_problems(columns, where, "evaluation" if lines is None else "line")]
     keep = columns["flops"] != 0  # ln C does not exist there
     kept = {name: None if col is None else col[keep] for name, col in columns.items()}
-    assert kept["flops"] is not None and kept["loss"] is not None
+    assert kept["flops"] is not None
+    assert kept["loss"] is not None
     return Curve(
         key=key,
         flops=kept["flops"],

@@ -1,15 +1,15 @@
-"""A plan: arms x scales x seeds, and how each run is trained. Frozen, named, written to study.json."""
+"""A plan: arms x scales x seeds, and how each run is trained. Frozen; written to study.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ceg_kernels import OPS
 from ceg_model.config import GPTConfig
 from ceg_model.study.innovations import BASELINE, config_changes, innovation, kernel_ops
-from ceg_model.train import TrainConfig
+from ceg_model.train_config import TrainConfig
 
 STOCK = ("torch", "reference")  # backends that are not ours
 
@@ -82,7 +82,8 @@ def our_backend(op: str, dtype: Any, device: str) -> str | None:
     """The first of our backends that can run the op here, or None where none is built."""
     sample = next(iter(OPS[op].samples(dtype, device)))
     for backend in OPS[op].backends:
-        if backend.name not in STOCK and backend.why_not(*sample.args) is None:
+        ours = backend.automatic and backend.name not in STOCK
+        if ours and backend.why_not(*sample.args) is None:
             return backend.name
     return None
 
@@ -131,7 +132,7 @@ _TRAIN = {
     "lr": 2e-3,
     "warmup_steps": 10,
     "dtype": "float32",
-    "checkpoint_every": None,
+    "checkpoint_every": 100,
 }
 
 PLANS = {
@@ -141,12 +142,12 @@ PLANS = {
             "nano",
             _PAPER_ARMS,
             (
-                _scale("S", layers=2, width=32, heads=2, length=256, steps=200, batch_size=8),
-                _scale("M", layers=2, width=48, heads=3, length=256, steps=280, batch_size=12),
-                _scale("L", layers=2, width=64, heads=4, length=256, steps=400, batch_size=16),
+                _scale("S", layers=2, width=32, heads=2, length=128, steps=240, batch_size=8),
+                _scale("M", layers=2, width=48, heads=3, length=128, steps=300, batch_size=12),
+                _scale("L", layers=2, width=64, heads=4, length=128, steps=400, batch_size=16),
             ),
             seeds=(0, 1),
-            train={**_TRAIN, "eval_every": 10, "eval_batches": 4},
+            train={**_TRAIN, "eval_every": 10, "log_every": 10, "eval_batches": 4},
             note="the demo: minutes on two cores",
         ),
         Plan(
@@ -157,7 +158,7 @@ PLANS = {
                 _scale("M", layers=2, width=32, heads=2, length=64, steps=60, batch_size=8),
             ),
             seeds=(0, 1),
-            train={**_TRAIN, "eval_every": 3, "eval_batches": 2},
+            train={**_TRAIN, "eval_every": 3, "log_every": 3, "eval_batches": 2},
             timing_rounds=5,
             note="proves that everything runs; its numbers mean nothing",
         ),
@@ -169,7 +170,3 @@ def plan_named(name: str) -> Plan:
     if name not in PLANS:
         raise ValueError(f"PLAN must be one of {', '.join(PLANS)}, got {name!r}")
     return PLANS[name]
-
-
-def with_seeds(plan: Plan, seeds: tuple[int, ...]) -> Plan:
-    return replace(plan, seeds=seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,23 @@ def _times(value: float, _: object = None) -> str:
     return f"{value:.3g}×"
 
 
+def _compute_axis(axis: Any, low: float, high: float) -> None:
+    """Labels of a log axis: each decade, and 2 and 5 where there is hardly a decade."""
+    axis.set_minor_formatter(NullFormatter())
+    if high / low < 30:
+        powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+        ticks = [m * 10.0**p for p in powers for m in (1, 2, 5)]
+        axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+        axis.set_major_formatter(FuncFormatter(_short))
+
+
+def _short(value: float, _: object = None) -> str:
+    if value < 1e4:
+        return f"{value:g}"
+    mantissa, power = f"{value:.0e}".split("e")
+    return rf"${mantissa}\cdot 10^{{{int(power)}}}$"
+
+
 def _log_gain_axis(axis: Any, low: float, high: float) -> None:
     """Ticks of a log axis of gains at round factors."""
     ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low <= t <= high]
@@ -62,7 +80,7 @@ def losses(results: Results, axis: str) -> list[str]:
         panel(
             f"loss-{axis}-{i}",
             f"Scale {scale}",
-            lambda ax, scale=scale: _loss(ax, results, scale, axis, style),
+            partial(_loss, results=results, scale=scale, axis=axis, style=style),
             label=f"Loss against {axis} at scale {scale}, one line per arm",
         )
         for i, scale in enumerate(scales(results))
@@ -98,6 +116,7 @@ def _loss(ax: Axes, results: Results, scale: str, axis: str, style: dict) -> Non
             fontsize=8.5,
         )
     ax.set_xscale("log")
+    _compute_axis(ax.xaxis, *ax.get_xlim())
     ax.set_ylim(bottom - 0.04 * (top - bottom), top)
     ax.set_xlabel("model FLOPs" if axis == "flops" else "training seconds")
     ax.set_ylabel("evaluation loss, nats a token")
@@ -123,7 +142,7 @@ def over_range(results: Results) -> list[str]:
         panel(
             f"range-{i}",
             f"Scale {scale}",
-            lambda ax, scale=scale: _range(ax, results, scale, style),
+            partial(_range, results=results, scale=scale, style=style),
             label=f"Compute-equivalent gain over the loss range at scale {scale}",
         )
         for i, scale in enumerate(scales(results))
@@ -163,7 +182,7 @@ def bars(results: Results) -> list[str]:
         panel(
             f"bars-{i}",
             f"Scale {scale}",
-            lambda ax, scale=scale: _bars(ax, results, scale),
+            partial(_bars, results=results, scale=scale),
             height=0.42 * len(results["estimate"]["arms"]) + 1.1,
             label=f"Time gain at scale {scale} as algorithmic times hardware gain",
         )
@@ -236,6 +255,7 @@ def across_scales(results: Results) -> str:
         low, high = min(values) / 1.2, max(values) * 1.2
         ax.set_ylim(low, high)
         _log_gain_axis(ax.yaxis, low, high)
+        _compute_axis(ax.xaxis, *ax.get_xlim())
         ax.set_xlabel("baseline's model FLOPs at the target")
         ax.set_ylabel("G_alg, times less compute")
 
@@ -281,7 +301,9 @@ def roofline(results: Results) -> list[str]:
                 panel(
                     f"roof-{dtype}",
                     f"Roofline, {dtype}",
-                    lambda ax, t=these, p=peak: _roof(ax, t, p / 1e9, roofs["copy_bytes_per_s"]),
+                    partial(
+                        _roof, rows=these, peak=peak / 1e9, bandwidth=roofs["copy_bytes_per_s"]
+                    ),
                 )
             )
     return out

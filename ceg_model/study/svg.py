@@ -1,7 +1,8 @@
-"""Matplotlib figures as SVG to be pasted into a page: real text, colours that follow the page's theme.
+"""Matplotlib figures as SVG to be pasted into a page: real text, colours of the page's theme.
 
-Matplotlib knows no CSS variables, so ink, grid and paper are drawn in marker colours that no palette
-holds, and replaced in the text of the SVG. Ids get the figure's name, so that many can share a page.
+Matplotlib knows no CSS variables, so ink, grid and paper are drawn in marker colours that no
+palette holds, and replaced in the text of the SVG. Ids get the figure's name, so that many can
+share a page.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ INK, FAINT, PAPER = "#010203", "#040506", "#070809"
 _THEME = {INK: "var(--ink)", FAINT: "var(--grid)", PAPER: "var(--paper)"}
 WIDTH, HEIGHT = 4.4, 3.2  # inches; a panel stays readable at the width of a phone
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ceg",
     "font.size": 9.5,

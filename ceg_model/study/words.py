@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 FLAGS = {
-    "aa_failed": "The baseline compared with itself does not give 1, so no gain of this study is safe.",
+    "aa_failed": "The baseline compared with itself does not give 1: no gain here is safe.",
     "censored": "One of the two never reached the target loss; only a bound can be given.",
     "identity_failed": "Measured time gain and G_alg × G_hw differ by more than 1%: the clock was "
     "not quiet enough, or the throughput benchmark does not stand for the runs.",
@@ -15,10 +15,10 @@ FLAGS = {
     "a numerics bug or too much noise, and never a gain.",
     "not_our_kernel": "Our kernel is not built here; stock torch's fused kernel ran instead.",
     "plateau": "The loss falls so slowly at the target that noise moves the crossing.",
-    "rising_baseline": "The baseline's loss rose at its end; its minimum is used, not its last value.",
-    "schedule_confounded": "The learning rate was decaying at the crossing, which changes the loss.",
+    "rising_baseline": "The baseline's loss rose at its end; its minimum is used instead.",
+    "schedule_confounded": "The learning rate was not constant at the crossing, which moves it.",
     "schedule_unknown": "The learning rate was not given, so a decaying one cannot be excluded.",
-    "time_inferred": "The time gain is computed from G_alg and G_hw, not measured at the target.",
+    "time_inferred": "The time gain is computed from G_alg and G_hw, not measured.",
     "untuned": "One learning rate for every arm and scale: an arm that wants another is misjudged.",
 }
 

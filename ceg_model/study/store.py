@@ -1,0 +1,135 @@
+"""The folder of a study: study.json, runs/<id>/, throughput/<scale>.json, report/.
+
+What is done is read from the runs themselves, never from a list beside them: a run counts when its
+result.json is there, and that file is written last, by an atomic rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ceg_model.rundir import METRICS, RESULT, RUN, read_json, read_metrics, write_json
+from ceg_model.study.curves import Curve, Key, make_curve
+
+STUDY, RUNS, THROUGHPUT, REPORT = "study.json", "runs", "throughput", "report"
+FIRST_FAILURE = "result.failed-1.json"
+
+
+class Store:
+    """Reads and writes one study's folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.runs = self.folder / RUNS
+        self.report = self.folder / REPORT
+
+    def study(self) -> dict[str, Any] | None:
+        return read_json(self.folder / STUDY)
+
+    def begin(self, study: dict[str, Any]) -> dict[str, Any]:
+        """Writes study.json, or checks that the one that is there is of the same study."""
+        found = self.study()
+        if found is None:
+            others = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
+            foreign = sorted(set(others) - {"lock", "data", "bench.json", "roofs.json"})
+            if foreign:
+                raise ValueError(
+                    f"study folder {self.folder} must be new, empty or a study's, "
+                    f"got one with {foreign[0]}"
+                )
+            self.runs.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / STUDY, study)
+            return study
+        for key in ("plan", "data_hash", "ours"):
+            if found.get(key) != study[key]:
+                raise ValueError(
+                    f"study folder {self.folder} must hold the same {key}: "
+                    f"{_difference(key, found, study)}; name another --out"
+                )
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time runs a study."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"study folder {self.folder} must be free, got one that another process runs"
+                ) from error
+            yield
+
+    def path(self, run_id: str) -> Path:
+        return self.runs / run_id
+
+    def result(self, run_id: str) -> dict[str, Any] | None:
+        return read_json(self.path(run_id) / RESULT)
+
+    def index(self) -> dict[str, dict[str, Any]]:
+        """Every run's result by id; {"status": "unfinished"} where it has none yet."""
+        found: dict[str, dict[str, Any]] = {}
+        if not self.runs.is_dir():
+            return found
+        with os.scandir(self.runs) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    found[entry.name] = self.result(entry.name) or {"status": "unfinished"}
+        return found
+
+    def set_aside_failure(self, run_id: str) -> bool:
+        """Makes room for the second try of a failed run; False when it already had one."""
+        folder = self.path(run_id)
+        if (folder / FIRST_FAILURE).exists():
+            return False
+        if (folder / RESULT).exists():
+            os.replace(folder / RESULT, folder / FIRST_FAILURE)
+        return True
+
+    def curve(self, run_id: str, key: Key) -> Curve | None:
+        """The evaluations of a run that has any."""
+        folder = self.path(run_id)
+        run = read_json(folder / RUN)
+        if run is None or not (folder / METRICS).is_file():
+            return None
+        rows = [row for row in read_metrics(folder) if row["eval_loss"] is not None]
+        if not rows:
+            return None
+        train, data = run["train"], run["data"]
+        return make_curve(
+            key,
+            [row["model_flops"] for row in rows],
+            [row["eval_loss"] for row in rows],
+            seconds=[row["train_s"] for row in rows],
+            lr=[row["lr"] for row in rows],
+            executed_flops=[row["executed_flops"] for row in rows],
+            identity={
+                "data": data["hash"],
+                "tokenizer": data["tokenizer"],
+                "flop_convention": run["flop_convention"],
+                "eval_set": f"{train['eval_batches']} x {train['batch_size']} x "
+                f"{run['model']['seq_len']}",
+            },
+        )
+
+    def throughput(self, scale: str) -> dict[str, Any] | None:
+        return read_json(self.folder / THROUGHPUT / f"{scale}.json")
+
+    def write_throughput(self, scale: str, content: dict[str, Any]) -> None:
+        (self.folder / THROUGHPUT).mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / THROUGHPUT / f"{scale}.json", content)
+
+
+def _difference(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    left, right = found.get(key), wanted[key]
+    if isinstance(left, dict) and isinstance(right, dict):
+        for name in right:
+            if left.get(name) != right[name]:
+                return f"{name} is {left.get(name)!r} there, {right[name]!r} asked for"
+    return f"it is {left!r} there, {right!r} asked for"
