@@ -177,6 +177,8 @@ class Op:
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
         assert self.backward is not None
+        if all(grad is None for grad in grads):
+            return (None,) * len(self.overload._schema.arguments)
         token = _FORCED.set(ctx.forced)
         try:
             return self.backward(ctx, *grads)

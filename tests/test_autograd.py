@@ -74,7 +74,7 @@ def _cases():
     yield "moe capacity", lambda x, z: _moe(x, z, capacity=2), (_randn(6, 4), _randn(6, 3))
     yield (
         "moe bias",
-        lambda x, z: _moe(x, z, bias=torch.tensor([0.5, 0.0, -0.5], dtype=torch.float64)),
+        lambda x, z: _moe(x, z, bias=torch.tensor([0.5, 0.0, -0.5], dtype=z.dtype)),
         (_randn(6, 4), _randn(6, 3)),
     )
 
