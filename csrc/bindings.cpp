@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/moe.h"
 #include "cpu/rms_norm.h"
@@ -58,6 +59,18 @@ PYBIND11_MODULE(_C, m) {
         arg("seconds") = 0.2, arg("isa") = "");
   m.def("copy_bandwidth", copy_bandwidth, release_gil(), arg("bytes"), arg("threads") = 0,
         arg("seconds") = 0.2, arg("isa") = "");
+
+  m.def("attention_fwd", attention_fwd, release_gil(), arg("q"), arg("k"), arg("v"),
+        arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"),
+        arg("alibi_slopes"), arg("sink"), arg("out"), arg("lse"), arg("softmax_scale"),
+        arg("causal") = false, arg("window_left") = -1, arg("window_right") = -1,
+        arg("softcap") = 0.0, arg("threads") = 0, arg("isa") = "");
+  m.def("attention_bwd", attention_bwd, release_gil(), arg("dout"), arg("dlse"), arg("q"),
+        arg("k"), arg("v"), arg("out"), arg("lse"), arg("cu_seqlens_q"), arg("cu_seqlens_k"),
+        arg("max_seqlen_q"), arg("max_seqlen_k"), arg("alibi_slopes"), arg("sink"), arg("dq"),
+        arg("dk"), arg("dv"), arg("dsink"), arg("softmax_scale"), arg("causal") = false,
+        arg("window_left") = -1, arg("window_right") = -1, arg("softcap") = 0.0,
+        arg("threads") = 0, arg("isa") = "");
 
   m.def("rms_norm_fwd", rms_norm_fwd, release_gil(), arg("x"), arg("weight"), arg("residual"),
         arg("y"), arg("residual_out"), arg("rstd"), arg("eps"), arg("weight_offset") = 0.0,

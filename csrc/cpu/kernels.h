@@ -9,6 +9,8 @@
 namespace ceg {
 
 #define CEG_FOR_EACH_KERNEL(X)            \
+  X(attention_fwd, AttentionFwdArgs)      \
+  X(attention_bwd, AttentionBwdArgs)      \
   X(rms_norm_fwd, RmsNormFwdArgs)         \
   X(rms_norm_bwd, RmsNormBwdArgs)         \
   X(rope, RopeArgs)                       \

@@ -10,15 +10,17 @@ namespace {
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// e^x. The part of x * log2(e) that its rounding loses is put back to first order.
+// e^x = 2^n * 2^(r * log2(e)) with r = x - n * ln(2) from a two-part ln(2): x * log2(e) alone would
+// lose a digit at |x| of 10 and more.
 template <class C>
 inline Vec<C> exp(Vec<C> x) {
-  constexpr C log2e = C(1.4426950408889634074), ln2 = C(0.69314718055994530942);
-  constexpr C low = C(1.4426950408889634074 - static_cast<double>(log2e));
-  const Vec<C> t = x * log2e;
-  const Vec<C> lost = fma(x, broadcast(log2e), -t) + x * low;
-  const Vec<C> y = exp2(t);
-  return x < C(-87) || x > C(87) ? y : y + y * (lost * ln2);
+  constexpr bool wide = sizeof(C) == 8;
+  constexpr C log2e = C(1.4426950408889634074), limit = C(wide ? 1022 : 126);
+  constexpr C ln2_high = C(wide ? 0x1.62e42feep-1 : 0x1.63p-1);  // n * ln2_high is exact
+  constexpr C ln2_low = C(wide ? 1.9082149292705877e-10 : -2.1219444005469058e-4);
+  const Vec<C> n = max(broadcast(-limit), min(broadcast(limit), round_to_int(x * log2e)));
+  const Vec<C> r = (x - n * ln2_high) - n * ln2_low;
+  return exp2(r * log2e) * power_of_two(n);
 }
 
 template <class C>
@@ -191,24 +193,29 @@ void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, RowBuffers<C>& row,
   C along = 0;
   for (int64_t k = 0; k < top_k; ++k) along += dweights[k] * weights[k];
 
-  // d softmax = w * (dw - <dw, w>), over all experts or over the chosen ones.
-  for_each_vec<C>(experts, [&](int64_t i, int64_t lanes) {
-    store_n(dlogits + i, dense ? load<C>(scores + i) * -along : Vec<C>{}, lanes);
-  });
-  C sum = 1;
+  C sum = 1;  // of the chosen scores before renormalisation
   if (a.score == Score::sigmoid && a.renormalize) {
     sum = 0;
     for (int64_t k = 0; k < top_k; ++k) {
       sum += scalar<C>(sigmoid<C>(broadcast(row.logits.data()[ids[k]])));
     }
   }
+  for_each_vec<C>(experts, [&](int64_t i, int64_t lanes) {
+    store_n(dlogits + i, dense ? load<C>(scores + i) * -along : Vec<C>{}, lanes);
+  });
   for (int64_t k = 0; k < top_k; ++k) {
-    C d = dense ? dweights[k] * weights[k] : (dweights[k] - along) * weights[k];
-    if (a.score == Score::sigmoid) {
-      const C s = a.renormalize ? weights[k] * sum : weights[k];
-      d = (a.renormalize ? (dweights[k] - along) / sum : dweights[k]) * s * (1 - s);
+    C d = dense ? dweights[k] - along : dweights[k];
+    if (a.renormalize) {
+      // dw_k - <dw, w>, as the weights add up to 1; a difference of two sums would cancel.
+      d = 0;
+      for (int64_t j = 0; j < top_k; ++j) d += weights[j] * (dweights[k] - dweights[j]);
     }
-    dlogits[ids[k]] += d;
+    if (a.score == Score::sigmoid) {
+      const C s = weights[k] * sum;
+      dlogits[ids[k]] = d / sum * s * (1 - s);
+    } else {
+      dlogits[ids[k]] = d * weights[k];
+    }
   }
 
   S* out = a.dlogits.ptr<S>() + n * a.dlogits.stride[0];

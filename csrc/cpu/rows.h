@@ -30,18 +30,24 @@ inline void for_each_vec(int64_t n, F step) {
   if (i < n) step(i, n - i);
 }
 
-// Sum of term(i, lanes) over a row. Four accumulators hide the latency of the addition; the order
-// depends on n alone.
+// Sum of term(i, lanes) over a row, in an order that depends on n alone. Four accumulators hide the
+// latency of the addition; they are emptied every kBlock vectors, so that the error of a long row
+// grows with n / kBlock and not with n.
 template <class C, class F>
 inline C sum_over(int64_t n, F term) {
-  constexpr int64_t lanes = kLanes<C>;
-  Vec<C> acc[4] = {};
+  constexpr int64_t lanes = kLanes<C>, kBlock = 64;
+  Vec<C> total = {};
   int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    for (int u = 0; u < 4; ++u) acc[u] += term(i + u * lanes, lanes);
+  while (i < n) {
+    Vec<C> acc[4] = {};
+    const int64_t end = n - i > kBlock * lanes ? i + kBlock * lanes : n;
+    for (; i + 4 * lanes <= end; i += 4 * lanes) {
+      for (int u = 0; u < 4; ++u) acc[u] += term(i + u * lanes, lanes);
+    }
+    for (; i < end; i += lanes) acc[0] += term(i, end - i);
+    total += (acc[0] + acc[1]) + (acc[2] + acc[3]);
   }
-  for (; i < n; i += lanes) acc[0] += term(i, n - i);
-  return reduce_add((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  return reduce_add(total);
 }
 
 // store_n, around the caches where the caller found that to pay.
