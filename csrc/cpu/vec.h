@@ -169,6 +169,24 @@ inline Vec<C> load_n(const S* p, int64_t n) {
 #endif
 }
 
+// The same for 16-bit items taken as they are, two to a lane.
+template <class S>
+inline Vec<uint32_t> load_bits_n(const S* p, int64_t n) {
+  constexpr int items = kVecBytes / 2;
+  static_assert(sizeof(S) == 2, "for bf16 and f16");
+  Vec<uint32_t> v = {};
+  if (n >= items) {
+    std::memcpy(&v, p, sizeof v);
+  } else if (n > 0) {
+#if defined(__AVX512BW__)
+    v = reinterpret_cast<Vec<uint32_t>>(_mm512_maskz_loadu_epi16((1u << n) - 1u, p));
+#else
+    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(S));
+#endif
+  }
+  return v;
+}
+
 template <class S, class V>
 inline void store_n(S* p, V v, int64_t n) {
   if (n >= kLanes<Scalar<V>>) return store(p, v);
@@ -240,6 +258,23 @@ inline V max(V a, V b) {
 template <class V>
 inline V min(V a, V b) {
   return a < b ? a : b;
+}
+
+template <class V, int... lane>
+inline V interleave(V a, V b, int first, std::integer_sequence<int, lane...>) {
+  constexpr int n = sizeof...(lane);
+  return first == 0 ? __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n)...)
+                    : __builtin_shufflevector(a, b, (n / 2 + lane / 2 + lane % 2 * n)...);
+}
+
+// a0 b0 a1 b1 ... of the lower halves, or of the upper.
+template <class V>
+inline V interleave_low(V a, V b) {
+  return interleave(a, b, 0, std::make_integer_sequence<int, kLanes<Scalar<V>>>{});
+}
+template <class V>
+inline V interleave_high(V a, V b) {
+  return interleave(a, b, 1, std::make_integer_sequence<int, kLanes<Scalar<V>>>{});
 }
 
 template <class V, int... lane>

@@ -1,0 +1,303 @@
+// Launchers of attention: check the arguments, cut the work into tasks, run the kernels.
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../check.h"
+#include "isa.h"
+#include "kernels.h"
+
+namespace ceg {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+// Rows of one query task: enough to hide the packing of a key block (2% at 384, D = 64).
+constexpr int64_t kMaxTaskRows = 384;
+
+using Optional = std::optional<Tensor>;
+
+// What both directions take.
+struct Inputs {
+  const Tensor &q, &k, &v;
+  const Optional &cu_seqlens_q, &cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+  const Optional &alibi_slopes, &sink;
+  double softmax_scale;
+  bool causal;
+  int64_t window_left, window_right;
+  double softcap;
+
+  bool varlen() const { return cu_seqlens_q.has_value(); }
+};
+
+void check_cu_seqlens(const char* name, const Tensor& cu, int64_t total, int64_t max_seqlen) {
+  check_rows(name, cu);
+  check_dtype(name, cu, {DType::i32});
+  CEG_CHECK(cu.ndim == 1 && cu.shape[0] >= 1, name, " must have shape (B + 1,), got ",
+            shape_text(cu));
+  const int32_t* p = cu.ptr<const int32_t>();
+  const int64_t n = cu.shape[0];
+  CEG_CHECK(p[0] == 0, name, " must start with 0, got ", p[0]);
+  for (int64_t b = 1; b < n; ++b) {
+    CEG_CHECK(p[b] >= p[b - 1], name, " must not decrease, got ", p[b - 1], " then ", p[b],
+              " at index ", b);
+    CEG_CHECK(p[b] - p[b - 1] <= max_seqlen, name, " must hold sequences of at most max_seqlen ",
+              max_seqlen, ", got ", p[b] - p[b - 1], " at index ", b - 1);
+  }
+  CEG_CHECK(p[n - 1] == total, name, " must end with the number of rows ", total, ", got ",
+            p[n - 1]);
+}
+
+// (B, T, H, D), or (total, H, D) without the batch.
+AttentionView view_of(const Tensor& t, bool varlen) {
+  if (varlen) return {t.data, 0, t.stride[0], t.stride[1]};
+  return {t.data, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+// (B, H, T), or (H, total).
+AttentionView row_view_of(const Tensor& t, bool varlen) {
+  if (varlen) return {t.data, 0, t.stride[1], t.stride[0]};
+  return {t.data, t.stride[0], t.stride[2], t.stride[1]};
+}
+
+void check_like(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  check_rows(name, t);
+  check_dtype(name, t, {other.dtype});
+  bool same = t.ndim == other.ndim;
+  for (int i = 0; same && i < t.ndim; ++i) same = t.shape[i] == other.shape[i];
+  CEG_CHECK(same, name, " must have the shape of ", other_name, " ", shape_text(other), ", got ",
+            shape_text(t));
+}
+
+// `out`, `dout`: the shape of q with the head_dim of v.
+void check_out_like(const char* name, const Tensor& t, const Inputs& in) {
+  check_rows(name, t);
+  check_dtype(name, t, {in.q.dtype});
+  const int last = in.q.ndim - 1;
+  bool same = t.ndim == in.q.ndim && t.shape[last] == in.v.shape[last];
+  for (int i = 0; same && i < last; ++i) same = t.shape[i] == in.q.shape[i];
+  CEG_CHECK(same, name, " must have the shape of q ", shape_text(in.q), " with the head_dim of v ",
+            in.v.shape[last], ", got ", shape_text(t));
+}
+
+void check_row_stat(const char* name, const Tensor& t, const Inputs& in) {
+  check_dtype(name, t, {compute_type(in.q.dtype)});
+  CEG_CHECK(t.device_type == kCpu, name, " must be on the CPU, got DLPack device type ",
+            t.device_type);
+  if (in.varlen()) {
+    check_shape(name, t, {in.q.shape[1], in.q.shape[0]});
+  } else {
+    check_shape(name, t, {in.q.shape[0], in.q.shape[2], in.q.shape[1]});
+  }
+}
+
+void check_qkv(const Inputs& in) {
+  const int ndim = in.varlen() ? 3 : 4;
+  CEG_CHECK(in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value(),
+            "cu_seqlens_q and cu_seqlens_k must be given together, got only one");
+  for (const auto& [name, t] : {std::pair{"q", &in.q}, {"k", &in.k}, {"v", &in.v}}) {
+    check_rows(name, *t);
+    check_dtype(name, *t, {DType::f32, DType::bf16, DType::f16, DType::f64});
+    CEG_CHECK(t->ndim == ndim, name, " must have ", ndim, " dimensions, got shape ",
+              shape_text(*t));
+    CEG_CHECK(t->dtype == in.q.dtype, name, " must have the dtype of q, ", ::ceg::name(in.q.dtype),
+              ", got ", ::ceg::name(t->dtype));
+    CEG_CHECK(t->shape[ndim - 1] >= 1 && t->shape[ndim - 1] <= kMaxHeadDim, name,
+              " must have head_dim in [1, ", kMaxHeadDim, "], got ", t->shape[ndim - 1]);
+  }
+  const int64_t* q = in.q.shape;
+  const int64_t* k = in.k.shape;
+  const int64_t kv_heads = k[ndim - 2];
+  CEG_CHECK(kv_heads > 0 && q[ndim - 2] % kv_heads == 0, "k must have a number of heads that ",
+            "divides q's ", q[ndim - 2], ", got ", kv_heads);
+  if (in.varlen()) {
+    check_shape("k", in.k, {-1, -1, q[2]});
+    check_shape("v", in.v, {k[0], k[1], -1});
+    check_cu_seqlens("cu_seqlens_q", *in.cu_seqlens_q, q[0], in.max_seqlen_q);
+    check_cu_seqlens("cu_seqlens_k", *in.cu_seqlens_k, k[0], in.max_seqlen_k);
+    check_shape("cu_seqlens_k", *in.cu_seqlens_k, {in.cu_seqlens_q->shape[0]});
+  } else {
+    check_shape("k", in.k, {q[0], -1, -1, q[3]});
+    check_shape("v", in.v, {k[0], k[1], k[2], -1});
+  }
+}
+
+AttentionProblem check_problem(const Inputs& in) {
+  check_qkv(in);
+  const int head_axis = in.varlen() ? 1 : 2;
+  AttentionProblem p = {};
+  p.dtype = in.q.dtype;
+  p.batch = in.varlen() ? in.cu_seqlens_q->shape[0] - 1 : in.q.shape[0];
+  p.heads = in.q.shape[head_axis];
+  p.kv_heads = in.k.shape[head_axis];
+  p.head_dim = in.q.shape[head_axis + 1];
+  p.value_dim = in.v.shape[head_axis + 1];
+  p.max_q = in.varlen() ? in.max_seqlen_q : in.q.shape[1];
+  p.max_k = in.varlen() ? in.max_seqlen_k : in.k.shape[1];
+  if (in.varlen()) {
+    p.cu_q = in.cu_seqlens_q->ptr<const int32_t>();
+    p.cu_k = in.cu_seqlens_k->ptr<const int32_t>();
+  }
+  CEG_CHECK(std::isfinite(in.softmax_scale), "softmax_scale must be finite, got ",
+            in.softmax_scale);
+  CEG_CHECK(std::isfinite(in.softcap) && in.softcap >= 0,
+            "softcap must be finite and not negative, got ", in.softcap);
+  p.scale = in.softmax_scale;
+  p.softcap = in.softcap;
+  const auto bound = [](int64_t w) {
+    return w < 0 || w > AttentionProblem::kUnbounded ? AttentionProblem::kUnbounded : w;
+  };
+  p.window_left = bound(in.window_left);
+  p.window_right = in.causal ? 0 : bound(in.window_right);
+  const DType compute = compute_type(p.dtype);
+  if (in.alibi_slopes) {
+    const Tensor& t = *in.alibi_slopes;
+    check_dtype("alibi_slopes", t, {compute});
+    if (t.ndim == 2) {
+      check_shape("alibi_slopes", t, {p.batch, p.heads});
+    } else {
+      check_shape("alibi_slopes", t, {p.heads});
+    }
+    p.alibi = {t.data, t.ndim == 2 ? t.stride[0] : 0, 0, t.stride[t.ndim - 1]};
+  }
+  if (in.sink) {
+    check_dtype("sink", *in.sink, {compute});
+    check_shape("sink", *in.sink, {p.heads});
+    p.sink = {in.sink->data, 0, 0, in.sink->stride[0]};
+  }
+  return p;
+}
+
+// Pairs that row `i` of `rows` sees among `others`, for the band mirrored accordingly.
+int64_t visible(int64_t i, int64_t shift, int64_t before, int64_t after, int64_t others) {
+  const int64_t first = std::max<int64_t>(0, i + shift - before);
+  const int64_t last = std::min(others, i + shift + after + 1);
+  return std::max<int64_t>(0, last - first);
+}
+
+// Blocks of at most `block` rows of every sequence, most work first.
+std::vector<AttentionTask> make_tasks(const AttentionProblem& p, bool of_queries, int64_t block) {
+  std::vector<std::pair<int64_t, AttentionTask>> sized;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t rows = of_queries ? p.q_len(b) : p.k_len(b);
+    const int64_t others = of_queries ? p.k_len(b) : p.q_len(b);
+    const int64_t before = of_queries ? p.window_left : p.window_right;
+    const int64_t after = of_queries ? p.window_right : p.window_left;
+    for (int64_t first = 0; first < rows; first += block) {
+      const int64_t count = std::min(block, rows - first);
+      const int64_t middle = first + count / 2;
+      const int64_t work = visible(middle, others - rows, before, after, others) * count;
+      sized.push_back({work, {b, first, count}});
+    }
+  }
+  std::stable_sort(sized.begin(), sized.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::vector<AttentionTask> tasks;
+  for (const auto& [work, task] : sized) tasks.push_back(task);
+  return tasks;
+}
+
+// Queries per task: as many as pay for packing the keys, but enough tasks for all threads.
+int64_t queries_per_task(const AttentionProblem& p, int threads) {
+  int64_t queries = std::max<int64_t>(1, kMaxTaskRows / p.group());
+  const int64_t least = std::max<int64_t>(1, 48 / p.group());
+  const auto tasks = [&] {
+    return p.batch * p.kv_heads * ((p.max_q + queries - 1) / queries);
+  };
+  while (threads > 1 && queries > least && tasks() < 8 * threads) queries = (queries + 1) / 2;
+  return queries;
+}
+
+}  // namespace
+
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                   int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
+                   const Optional& sink, const Tensor& out, const Tensor& lse,
+                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                   double softcap, int threads, const std::string& isa) {
+  const Inputs in = {q,            k,    v,      cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                     max_seqlen_k, alibi_slopes, sink,         softmax_scale, causal,
+                     window_left,  window_right, softcap};
+  AttentionFwdArgs args = {};
+  args.problem = check_problem(in);
+  check_out_like("out", out, in);
+  check_output("out", out);
+  check_row_stat("lse", lse, in);
+  args.q = view_of(q, in.varlen());
+  args.k = view_of(k, in.varlen());
+  args.v = view_of(v, in.varlen());
+  args.out = view_of(out, in.varlen());
+  args.lse = row_view_of(lse, in.varlen());
+  args.threads = thread_count(threads);
+  const int64_t queries = queries_per_task(args.problem, args.threads);
+  const std::vector<AttentionTask> tasks = make_tasks(args.problem, true, queries);
+  args.tasks = tasks.data();
+  args.num_tasks = static_cast<int64_t>(tasks.size());
+  args.task_rows = queries * args.problem.group();
+  kernels(isa).attention_fwd(args);
+}
+
+void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, const Tensor& k,
+                   const Tensor& v, const Tensor& out, const Tensor& lse,
+                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                   int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
+                   const Optional& sink, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                   const Optional& dsink, double softmax_scale, bool causal, int64_t window_left,
+                   int64_t window_right, double softcap, int threads, const std::string& isa) {
+  const Inputs in = {q,            k,    v,      cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                     max_seqlen_k, alibi_slopes, sink,         softmax_scale, causal,
+                     window_left,  window_right, softcap};
+  AttentionBwdArgs args = {};
+  args.problem = check_problem(in);
+  check_out_like("dout", dout, in);
+  check_out_like("out", out, in);
+  check_row_stat("lse", lse, in);
+  if (dlse) check_row_stat("dlse", *dlse, in);
+  check_like("dq", dq, "q", q);
+  check_like("dk", dk, "k", k);
+  check_like("dv", dv, "v", v);
+  check_output("dq", dq);
+  check_output("dk", dk);
+  check_output("dv", dv);
+  const DType compute = compute_type(q.dtype);
+  if (dsink) {
+    CEG_CHECK(sink.has_value(), "dsink must be None without a sink, got a tensor");
+    check_dtype("dsink", *dsink, {compute});
+    check_shape("dsink", *dsink, {args.problem.heads});
+    check_output("dsink", *dsink);
+    args.dsink = dsink->data;
+  }
+  const bool varlen = in.varlen();
+  args.dout = view_of(dout, varlen);
+  args.q = view_of(q, varlen);
+  args.k = view_of(k, varlen);
+  args.v = view_of(v, varlen);
+  args.out = view_of(out, varlen);
+  args.dq = view_of(dq, varlen);
+  args.dk = view_of(dk, varlen);
+  args.dv = view_of(dv, varlen);
+  args.lse = row_view_of(lse, varlen);
+  if (dlse) args.dlse = row_view_of(*dlse, varlen);
+  args.threads = thread_count(threads);
+
+  // One number a row, laid out (B, H, T) or (H, total).
+  const int64_t rows = varlen ? q.shape[0] : q.shape[1];
+  std::vector<char> delta(static_cast<size_t>(lse.numel() * item_size(compute)));
+  args.delta = {delta.data(), varlen ? 0 : args.problem.heads * rows, 1, rows};
+
+  const int64_t queries = queries_per_task(args.problem, args.threads);
+  const std::vector<AttentionTask> query_tasks = make_tasks(args.problem, true, queries);
+  const std::vector<AttentionTask> key_tasks =
+      make_tasks(args.problem, false, kAttentionBlockKeys);
+  args.query_tasks = query_tasks.data();
+  args.num_query_tasks = static_cast<int64_t>(query_tasks.size());
+  args.task_rows = queries * args.problem.group();
+  args.key_tasks = key_tasks.data();
+  args.num_key_tasks = static_cast<int64_t>(key_tasks.size());
+  kernels(isa).attention_bwd(args);
+}
+
+}  // namespace ceg

@@ -1,0 +1,260 @@
+// Flash attention forward. A task is a block of queries of one sequence and kv head, with all heads
+// of the group: rows (g, i). Keys are visited in blocks, packed once per task; each tile of
+// kTileRows rows then runs scores, softmax and p.v while its scores are in L1.
+//
+// A row's arithmetic depends only on its own visible keys and the fixed block grid (a tile's extra
+// columns contribute exact zeros), so neither the task size nor the thread count changes its bits.
+#include <cmath>
+#include <limits>
+
+#include "attention_mask.h"
+#include "kernels.h"
+
+namespace ceg::CEG_ISA {
+namespace {
+
+constexpr int64_t kBlock = kAttentionBlockKeys;
+
+template <class E>
+struct Sizes {
+  int64_t depth_steps;  // of q.k
+  int64_t q_width, v_width;
+
+  explicit Sizes(const AttentionProblem& p)
+      : depth_steps((p.head_dim + E::kDepth - 1) / E::kDepth),
+        q_width(round_up(p.head_dim, kLanes<typename E::Compute>)),
+        v_width(round_up(p.value_dim, kLanes<typename E::Compute>)) {}
+};
+
+template <class E>
+struct Scratch {
+  using C = typename E::Compute;
+  using Item = typename E::Item;
+
+  Item* q;      // [rows][q_width]
+  C* out;       // [rows][v_width], unnormalised
+  C* top;       // [rows] running maximum, base 2
+  C* sum;       // [rows] of the probabilities
+  Range* keys;  // [rows] visible
+  Item* k;      // [kBlock / kPanel][depth_steps][kPanel][depth]
+  Item* v;      // [kBlock / depth][v_width][depth]
+  C* s;         // [kTileRows][kBlock]
+  Item* p;      // the same, as the A operand
+
+  void carve(Carver& carver, const Sizes<E>& n, int64_t rows) {
+    q = carver.template take<Item>(rows * n.q_width);
+    out = carver.template take<C>(rows * n.v_width);
+    top = carver.template take<C>(rows);
+    sum = carver.template take<C>(rows);
+    keys = carver.template take<Range>(rows);
+    k = carver.template take<Item>(kBlock * n.depth_steps * E::kDepth);
+    v = carver.template take<Item>(kBlock * n.v_width);
+    s = carver.template take<C>(kTileRows * kBlock);
+    p = E::kDepth == 1 ? reinterpret_cast<Item*>(s)
+                       : carver.template take<Item>(kTileRows * kBlock);
+  }
+};
+
+template <class E>
+class Task {
+  using C = typename E::Compute;
+  static constexpr int kL = kLanes<C>;
+  static constexpr C kInf = std::numeric_limits<C>::infinity();
+
+ public:
+  Task(const AttentionFwdArgs& args, const AttentionTask& task, int64_t kv_head,
+       const Scratch<E>& scratch)
+      : args_(args),
+        p_(args.problem),
+        task_(task),
+        kv_head_(kv_head),
+        rows_(task.count * args.problem.group()),
+        band_(args.problem, task.batch),
+        n_(args.problem),
+        logits_(args.problem),
+        t_(scratch) {}
+
+  void run() {
+    load_queries();
+    const Range keys = band_.keys_of(task_.first, task_.first + task_.count);
+    for (int64_t j0 = keys.first / kBlock * kBlock; j0 < keys.last; j0 += kBlock) {
+      const Range block = intersect({j0, j0 + kBlock}, keys);
+      load_keys(j0, block.last - j0);
+      for (int64_t r = 0; r < rows_; r += kTileRows) {
+        visit(r, static_cast<int>(rows_ - r < kTileRows ? rows_ - r : kTileRows), block, j0);
+      }
+    }
+    write();
+  }
+
+ private:
+  int64_t head(int64_t r) const { return kv_head_ * p_.group() + r / task_.count; }
+  int64_t query(int64_t r) const { return task_.first + r % task_.count; }
+
+  Rows rows_of(const AttentionView& view, int64_t row, int64_t h, int64_t count,
+               int64_t width) const {
+    return {static_cast<char*>(view.data) +
+                (task_.batch * view.batch + row * view.row + h * view.head) * item_size(p_.dtype),
+            view.row, count, width};
+  }
+
+  void load_queries() {
+    const int64_t first = p_.q_begin(task_.batch) + task_.first;
+    for (int64_t g = 0; g < p_.group(); ++g) {
+      const int64_t h = kv_head_ * p_.group() + g;
+      pack_rows<E>(p_.dtype, rows_of(args_.q, first, h, task_.count, p_.head_dim),
+                   t_.q + g * task_.count * n_.q_width, n_.q_width);
+    }
+    std::memset(t_.out, 0, static_cast<size_t>(rows_ * n_.v_width) * sizeof(C));
+    for (int64_t r = 0; r < rows_; ++r) {
+      t_.keys[r] = band_.keys_of(query(r));
+      // The sink is a key without a value: the state after having seen it.
+      const bool sink = p_.sink.data != nullptr;
+      t_.top[r] = sink ? static_cast<const C*>(p_.sink.data)[head(r) * p_.sink.head] *
+                             static_cast<C>(kLog2e)
+                       : -kInf;
+      t_.sum[r] = sink ? C(1) : C(0);
+    }
+  }
+
+  void load_keys(int64_t j0, int64_t count) {
+    const int64_t first = p_.k_begin(task_.batch) + j0;
+    pack_columns<E>(p_.dtype, rows_of(args_.k, first, kv_head_, count, p_.head_dim), t_.k);
+    pack_steps<E>(p_.dtype, rows_of(args_.v, first, kv_head_, count, p_.value_dim), t_.v,
+                  n_.v_width);
+    v_finite_ = all_finite(t_.v, round_up(count, E::kDepth) * n_.v_width);
+  }
+
+  // Scores, softmax and p.v of rows [r, r + rows) against the keys of one block.
+  void visit(int64_t r, int rows, Range block, int64_t j0) {
+    Range seen = {0, 0};
+    for (int i = 0; i < rows; ++i) seen = hull(seen, intersect(t_.keys[r + i], block));
+    if (seen.empty()) return;
+    seen = {seen.first - j0, seen.last - j0};
+    const int64_t start = seen.first / kPanel<E> * kPanel<E>;
+    const int64_t stop = round_up(seen.last, 2 * kL);
+
+    const int64_t panel = n_.depth_steps * kPanel<E> * E::kDepth;
+    gemm<E>({t_.q + r * n_.q_width, n_.q_width, E::kDepth, t_.k + start / kPanel<E> * panel,
+             kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.depth_steps, nullptr},
+            rows, stop - start);
+
+    C rescale[kTileRows];
+    softmax(r, rows, j0, {start, stop}, rescale);
+
+    const int64_t k0 = seen.first / E::kDepth;
+    const int64_t k1 = (seen.last + E::kDepth - 1) / E::kDepth;
+    const Gemm<E> pv = {t_.p + k0 * E::kDepth, kBlock, E::kDepth,
+                        t_.v + k0 * E::kDepth * n_.v_width, n_.v_width * E::kDepth,
+                        kPanel<E> * E::kDepth, t_.out + r * n_.v_width, n_.v_width, k1 - k0,
+                        rescale};
+    if (v_finite_) {
+      gemm<E>(pv, rows, n_.v_width);
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        const Range own = intersect(t_.keys[r + i], block);
+        const int64_t origin = j0 + k0 * E::kDepth;
+        gemm_exact<E>(pv, i, own.first - origin, own.last - origin, n_.v_width);
+      }
+    }
+  }
+
+  void softmax(int64_t r, int rows, int64_t j0, Range columns, C* rescale) {
+    const C scale = logits_.plain() ? logits_.scale : C(1);
+    for (int i = 0; i < rows; ++i) {
+      C* s = t_.s + i * kBlock;
+      const Range own = {t_.keys[r + i].first - j0, t_.keys[r + i].last - j0};
+      if (!logits_.plain()) to_logits(s, columns, r + i, j0);
+      if (own.first > columns.first || own.last < columns.last) {
+        for (int64_t c = columns.first; c < columns.last; c += kL) {
+          store(s + c, keep(load<C>(s + c), c, own, -kInf));
+        }
+      }
+      Vec<C> high = load<C>(s + columns.first);
+      for (int64_t c = columns.first + kL; c < columns.last; c += kL) {
+        high = max(load<C>(s + c), high);
+      }
+      const C top = std::fmax(t_.top[r + i], reduce_max(high) * scale);
+      // Nothing visible yet: any finite number keeps exp2(-inf - top) at 0 instead of NaN.
+      const C shift = top == -kInf ? C(0) : top;
+      const C factor = exp2<E::kExpDegree>(broadcast(t_.top[r + i] - shift))[0];
+      Vec<C> sum = {};
+      for (int64_t c = columns.first; c < columns.last; c += 2 * kL) {
+        const Vec<C> a = exp2<E::kExpDegree>(load<C>(s + c) * scale - shift);
+        const Vec<C> b = exp2<E::kExpDegree>(load<C>(s + c + kL) * scale - shift);
+        sum += a + b;
+        E::store_a(t_.p + i * kBlock + c, a, b);
+      }
+      t_.sum[r + i] = t_.sum[r + i] * factor + reduce_add(sum);
+      t_.top[r + i] = top;
+      rescale[i] = factor;
+    }
+  }
+
+  void to_logits(C* s, Range columns, int64_t r, int64_t j0) const {
+    const C slope = logits_.slope(p_, task_.batch, head(r));
+    const int64_t distance = query(r) + band_.shift() - j0;
+    for (int64_t c = columns.first; c < columns.last; c += kL) {
+      Vec<C> x = load<C>(s + c);
+      x = logits_.capped ? logits_.cap * tanh(x * logits_.cap_in) : x * logits_.scale;
+      if (logits_.biased) x += Logits<C>::bias(slope, distance - c);
+      store(s + c, x);
+    }
+  }
+
+  void write() {
+    const int64_t first = p_.q_begin(task_.batch);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t row = first + query(r);
+      const C sum = t_.sum[r];
+      const Rows out = rows_of(args_.out, row, head(r), 1, p_.value_dim);
+      unpack_row<C>(p_.dtype, t_.out + r * n_.v_width, sum == 0 ? C(0) : C(1) / sum,
+                    const_cast<void*>(out.data), p_.value_dim);
+      C* lse = static_cast<C*>(args_.lse.data) + task_.batch * args_.lse.batch +
+               row * args_.lse.row + head(r) * args_.lse.head;
+      *lse = static_cast<C>(kLn2) * (t_.top[r] + std::log2(sum));
+    }
+  }
+
+  const AttentionFwdArgs& args_;
+  const AttentionProblem& p_;
+  const AttentionTask& task_;
+  int64_t kv_head_, rows_;
+  Band band_;
+  Sizes<E> n_;
+  Logits<C> logits_;
+  Scratch<E> t_;
+  bool v_finite_ = true;
+};
+
+template <class E>
+void forward(const AttentionFwdArgs& args) {
+  const int64_t kv_heads = args.problem.kv_heads;
+  const Sizes<E> sizes(args.problem);
+#pragma omp parallel num_threads(args.threads)
+  {
+    const DenormalsOff guard;
+    static thread_local Arena arena;
+    Scratch<E> scratch;
+    Carver count(nullptr);
+    scratch.carve(count, sizes, args.task_rows);
+    Carver carver(arena.reserve(count.used()));
+    scratch.carve(carver, sizes, args.task_rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < args.num_tasks * kv_heads; ++i) {
+      Task<E>(args, args.tasks[i / kv_heads], i % kv_heads, scratch).run();
+    }
+  }
+}
+
+}  // namespace
+
+void attention_fwd_kernel(const AttentionFwdArgs& args) {
+  if (args.problem.dtype == DType::f64) return forward<Fma<double>>(args);
+#if defined(__AVX512BF16__)
+  if (args.problem.dtype == DType::bf16) return forward<DotBf16>(args);
+#endif
+  forward<Fma<float>>(args);
+}
+
+}  // namespace ceg::CEG_ISA

@@ -1,0 +1,223 @@
+// Copies rows of q, k, v, dout into the operand layouts of attention_gemm.h, converting from the
+// storage type on the way. Everything past the given rows and columns is filled with zeros, because
+// a stale NaN there would survive a multiplication by zero.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "../tensor.h"
+#include "attention_gemm.h"
+
+namespace ceg::CEG_ISA {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Grows and never shrinks, one a thread: a fresh mmap for each call would cost its page faults.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(data_); }
+
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = round_up(bytes, 4096);
+      data_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
+      if (data_ == nullptr) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Hands out consecutive cache-line aligned pieces; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t n) {
+    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Rows of one head in memory.
+struct Rows {
+  const void* data;
+  int64_t stride;  // items
+  int64_t count;
+  int64_t width;
+};
+
+template <class Work>
+inline auto with_storage(DType dtype, Work work) {
+  switch (dtype) {
+    case DType::bf16: return work(bf16{});
+    case DType::f16: return work(f16{});
+    default: return work(float{});
+  }
+}
+
+// Lane i of the result's row r is lane r of row i. log2(lanes) rounds of a perfect shuffle.
+template <class V>
+inline void transpose(V* rows) {
+  constexpr int lanes = kLanes<Scalar<V>>;
+  V next[lanes];
+  for (int round = 1; round < lanes; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + lanes / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
+template <class C, class S>
+inline const S* row_of(const Rows& rows, int64_t r) {
+  return static_cast<const S*>(rows.data) + r * rows.stride;
+}
+
+// A operand, [count][ld]: row-major items.
+template <class E, class S>
+inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld) {
+  constexpr int lanes = kLanes<typename E::Compute>;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const S* p = row_of<typename E::Compute, S>(rows, r);
+    for (int64_t d = 0; d < ld; d += lanes) {
+      if constexpr (E::kDepth == 2) {
+        // bf16 to bf16: the detour over float is exact.
+        store_n(out + r * ld + d, load_n<float>(p + d, rows.width - d), lanes);
+      } else {
+        store(out + r * ld + d, load_n<typename E::Compute>(p + d, rows.width - d));
+      }
+    }
+  }
+}
+
+// B operand, [ceil(count / depth)][ld][depth]: k runs over the rows.
+template <class E, class S>
+inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld) {
+  using C = typename E::Compute;
+  constexpr int lanes = kLanes<C>;
+  if constexpr (E::kDepth == 1) {
+    pack_rows_as<E, S>(rows, out, ld);
+  } else {
+    for (int64_t r = 0; r < rows.count; r += 2) {
+      const S* even = row_of<C, S>(rows, r);
+      const S* odd = row_of<C, S>(rows, r + 1);
+      const int64_t odd_width = r + 1 < rows.count ? rows.width : 0;
+      for (int64_t d = 0; d < ld; d += lanes) {
+        const auto a = reinterpret_cast<Vec<uint32_t>>(load_n<C>(even + d, rows.width - d));
+        const auto b = reinterpret_cast<Vec<uint32_t>>(load_n<C>(odd + d, odd_width - d));
+        const Vec<uint32_t> pair = (a >> 16) | b;  // bf16 values: the low halves are zero
+        std::memcpy(out + r * ld + 2 * d, &pair, sizeof pair);
+      }
+    }
+  }
+}
+
+// B operand in panels [columns / kPanel][steps][kPanel][depth]: k runs along each row, the rows
+// become columns.
+template <class E, class S>
+inline void pack_columns_as(const Rows& rows, typename E::Item* out) {
+  using C = typename E::Compute;
+  constexpr int lanes = kLanes<C>;
+  constexpr int step_items = kPanel<E> * E::kDepth;
+  const int64_t steps = (rows.width + E::kDepth - 1) / E::kDepth;
+  for (int64_t r0 = 0; r0 < rows.count; r0 += lanes) {
+    typename E::Item* panel = out + r0 / kPanel<E> * steps * step_items +
+                              r0 % kPanel<E> * E::kDepth;
+    for (int64_t s0 = 0; s0 < steps; s0 += lanes) {
+      typename E::Operand tile[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t r = r0 + i;
+        const int64_t left = r < rows.count ? rows.width - s0 * E::kDepth : 0;
+        const S* p = row_of<C, S>(rows, r < rows.count ? r : r0) + s0 * E::kDepth;
+        if constexpr (E::kDepth == 1) {
+          tile[i] = load_n<C>(p, left);
+        } else {
+          tile[i] = load_bits_n(p, left);
+        }
+      }
+      transpose(tile);
+      const int64_t last = steps - s0 < lanes ? steps - s0 : lanes;
+      for (int64_t s = 0; s < last; ++s) {
+        std::memcpy(panel + (s0 + s) * step_items, &tile[s], sizeof tile[s]);
+      }
+    }
+  }
+}
+
+template <class E, class Pack>
+inline void pack_with(DType dtype, Pack pack) {
+  if constexpr (std::is_same_v<typename E::Compute, double>) {
+    pack(double{});
+  } else if constexpr (E::kDepth == 2) {
+    pack(bf16{});
+  } else {
+    with_storage(dtype, pack);
+  }
+}
+
+template <class E>
+void pack_rows(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld) {
+  pack_with<E>(dtype, [&](auto s) { pack_rows_as<E, decltype(s)>(rows, out, ld); });
+}
+template <class E>
+void pack_steps(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld) {
+  pack_with<E>(dtype, [&](auto s) { pack_steps_as<E, decltype(s)>(rows, out, ld); });
+}
+template <class E>
+void pack_columns(DType dtype, const Rows& rows, typename E::Item* out) {
+  pack_with<E>(dtype, [&](auto s) { pack_columns_as<E, decltype(s)>(rows, out); });
+}
+
+// Result rows, scaled and rounded once.
+template <class C>
+void unpack_row(DType dtype, const C* row, C scale, void* out, int64_t width) {
+  const auto write = [&](auto s) {
+    using S = decltype(s);
+    for (int64_t d = 0; d < width; d += kLanes<C>) {
+      store_n(static_cast<S*>(out) + d, load<C>(row + d) * scale, width - d);
+    }
+  };
+  if constexpr (std::is_same_v<C, double>) {
+    write(double{});
+  } else {
+    with_storage(dtype, write);
+  }
+}
+
+// True where no item of [n] is inf or NaN.
+template <class Item>
+bool all_finite(const Item* p, int64_t n) {
+  if constexpr (sizeof(Item) == 2) {
+    bool bad = false;
+    for (int64_t i = 0; i < n; ++i) bad |= (p[i].bits & 0x7f80) == 0x7f80;
+    return !bad;
+  } else {
+    Vec<Item> sum = {};
+    for (int64_t i = 0; i < n; i += kLanes<Item>) sum += load<Item>(p + i) * Item(0);
+    return reduce_add(sum) == 0;
+  }
+}
+
+}  // namespace ceg::CEG_ISA
