@@ -10,6 +10,7 @@ import importlib.util
 import pytest
 
 SHAPE_GROUPS = ("quick", "gpt2", "llama", "moe", "all")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +45,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its own options
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
+    for dtype in config.getoption("--dtypes").split(","):
+        if dtype not in DTYPES:
+            expected = ", ".join(DTYPES)
+            raise pytest.UsageError(f"--dtypes must be some of {expected}, got {dtype!r}")
     wanted = config.getoption("--benchmark")
     if importlib.util.find_spec("pytest_benchmark") is None:
         if wanted:

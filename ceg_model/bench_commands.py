@@ -1,12 +1,14 @@
-"""`ceg bench`: the benchmarks of bench/, through pytest."""
+"""`ceg bench`: the benchmarks of bench/, through pytest; `ceg roofline`: a figure of their rows."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 HELP = "time every op on this machine: roofs, ours, stock torch and the reference"
@@ -17,6 +19,12 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
     bench = subparsers.add_parser("bench", help=HELP, add_help=False, prefix_chars="+")
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
     bench.set_defaults(run=run_bench)
+    roofline = subparsers.add_parser("roofline", help="draw the rows of `ceg bench --results`")
+    roofline.add_argument("results", type=Path, help="the .jsonl file that --results wrote")
+    roofline.add_argument(
+        "--out", type=Path, help="figure to write (.svg, .png or .pdf; default: beside the rows)"
+    )
+    roofline.set_defaults(run=run_roofline)
 
 
 def run_bench(parsed: argparse.Namespace) -> int:
@@ -35,6 +43,37 @@ def run_bench(parsed: argparse.Namespace) -> int:
     if known.results:  # as seen from where the user stands
         command.append(f"--results={Path(known.results).resolve()}")
     return subprocess.run(command, cwd=BENCH.parent, check=False).returncode
+
+
+def run_roofline(parsed: argparse.Namespace) -> int:
+    """Draw the newest row of each case and backend; one figure per machine in the file."""
+    from ceg_kernels.measure.plot import roofline_figure
+
+    machines = newest_rows(parsed.results)
+    out = parsed.out or parsed.results.with_suffix(".svg")
+    for index, (machine, rows) in enumerate(machines.items()):
+        path = out if len(machines) == 1 else out.with_stem(f"{out.stem}-{index + 1}")
+        roofline_figure(rows).savefig(path, dpi=150)
+        print(f"{machine}: {len(rows)} rows in {path}")
+    return 0
+
+
+def newest_rows(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """The last row written for each machine, case and backend. ValueError names a broken line."""
+    from ceg_kernels.measure.table import case
+
+    rows: dict[str, dict[tuple, dict[str, Any]]] = {}
+    for number, line in enumerate(results.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            machine = row["versions"]["machine"]
+            key = (*case(row), row["backend"], row["peer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{results}:{number} must be a benchmark row, got {error!r}") from None
+        rows.setdefault(machine, {})[key] = row
+    if not rows:
+        raise ValueError(f"{results} must hold benchmark rows, got none")
+    return {machine: list(found.values()) for machine, found in rows.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
