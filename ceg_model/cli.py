@@ -26,13 +26,9 @@ EXTENSIONS = ("ceg_model.bench_commands", "ceg_model.study.commands")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    takes_rest = getattr(arguments, "takes_rest", False)
-    if rest and not takes_rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments, rest) if takes_rest else arguments.run(arguments)
+        return arguments.run(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return 130

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -156,7 +156,8 @@ class _Trainer:
                 f"got {config.grad_accum}"
             )
         self.model = build_model(model_config, seed=config.seed).to(self.device)
-        self.compiled = torch.compile(self.model) if config.compile else self.model
+        compiled = torch.compile(self.model) if config.compile else self.model
+        self.compiled = cast(nn.Module, compiled)
         self.parallel = group.data_parallel(self.compiled, self.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
