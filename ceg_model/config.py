@@ -21,17 +21,18 @@ ARCHS = ("gpt", "lstm")
 class GPTConfig:
     """A decoder language model. The defaults are the paper's baseline at a size for one CPU.
 
-    norm is the pre-norm of each sub-layer; final_norm the one before the head (None: as `norm`; the
-    paper's baseline has a final LayerNorm and none in the blocks). n_kv_head < n_head is GQA, 1
-    is MQA. window counts the keys that a query sees, itself among them. gelu is GPT-2's tanh
-    form; `expert` is the MLP inside each expert. d_ff is the width of the MLP (None: 4 d for
-    gelu, 8 d / 3 for swiglu, rounded up to 8) or of one expert (None: the dense width over the
-    experts that a token visits, so that mixture and dense model spend the same FLOPs a token, but
-    for the router's). Routing is softmax top-k; balance="bias" is DeepSeek-V3's loss-free scheme:
-    sigmoid scores, and a bias per expert that moves selection only, by bias_rate a step. rope
-    turns whole heads, pairs a half apart. arch="lstm" reads vocab_size, seq_len, n_layer,
-    d_model, norm, final_norm, norm_eps, tied_head, dropout and bias (of the norms; its gates
-    always have one), and refuses every switch that it has no place for.
+    norm is the pre-norm of each sub-layer; final_norm the one before the head (None: as `norm`,
+    and where that is none LayerNorm, as in the paper's baseline; "none": none). n_kv_head <
+    n_head is GQA, 1 is MQA. window counts the keys that a query sees, itself among them. gelu is
+    GPT-2's tanh form; `expert` is the MLP inside each expert. d_ff is the width of the MLP
+    (None: 4 d for gelu, 8 d / 3 for swiglu, rounded up to 8) or of one expert (None: the dense
+    width over the experts that a token visits, so that mixture and dense model spend the same
+    FLOPs a token, but for the router's). Routing is softmax top-k; balance="bias" is
+    DeepSeek-V3's loss-free scheme: sigmoid scores, and a bias per expert that moves selection
+    only, by bias_rate a step. rope turns whole heads, pairs a half apart. arch="lstm" reads
+    vocab_size, seq_len, n_layer, d_model, norm, final_norm, norm_eps, tied_head, dropout and
+    bias (of the norms; its gates always have one), and refuses every switch that it has no place
+    for.
     """
 
     vocab_size: int = 256
@@ -78,7 +79,9 @@ class GPTConfig:
 
     @property
     def norm_at_end(self) -> str:
-        return self.norm if self.final_norm is None else self.final_norm
+        if self.final_norm is not None:
+            return self.final_norm
+        return "layer_norm" if self.norm == "none" else self.norm
 
     @property
     def ff_width(self) -> int:

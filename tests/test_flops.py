@@ -28,6 +28,7 @@ CONFIGS = {
     "layer_norm": change(norm="layer_norm"),
     "rms_norm": change(norm="rms_norm"),
     "final norm alone": change(final_norm="rms_norm"),
+    "no norm at all": change(final_norm="none"),
     "rope": change(position="rope"),
     "no positions": change(position="none"),
     "gqa": change(n_kv_head=2),
@@ -121,7 +122,6 @@ def test_models_of_the_paper(n_layer, n_head, d_model, seq_len, n_params, per_to
     """Sanderson et al. 2025: no norm but a LayerNorm before the head, padded vocabulary."""
     config = GPTConfig(
         vocab_size=50304, seq_len=seq_len, n_layer=n_layer, n_head=n_head, d_model=d_model,
-        final_norm="layer_norm",
     )  # fmt: skip
     counted = params_count(config, positions=False)
     assert counted == n_params

@@ -23,7 +23,7 @@ CONFIGS = {
     "layer_norm": change(norm="layer_norm", bias=True),
     "rms_norm": change(norm="rms_norm", final_norm="layer_norm"),
     "rope": change(position="rope", n_kv_head=2, qk_norm=True),
-    "no positions": change(position="none", tied_head=False),
+    "no positions": change(position="none", tied_head=False, final_norm="none"),
     "mqa, window": change(n_kv_head=1, window=5),
     "swiglu": change(mlp="swiglu"),
     "moe": change(mlp="moe", num_experts=4, balance="aux"),
@@ -132,7 +132,9 @@ def test_initial_spread_is_gpt2s():
             assert torch.equal(p, torch.full_like(p, float(name.endswith("norm.weight")))), name
         else:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            assert float(p.detach().std()) == pytest.approx(0.005 if residual else 0.02, rel=0.05), name
+            assert float(p.detach().std()) == pytest.approx(
+                0.005 if residual else 0.02, rel=0.05
+            ), name
 
 
 def test_a_window_over_everything_is_full_attention():
@@ -141,6 +143,14 @@ def test_a_window_over_everything_is_full_attention():
     near = logits_of(change(window=3), idx)
     assert torch.equal(near[:, :3], logits_of(TINY, idx)[:, :3])
     assert not torch.allclose(near[:, 3:], logits_of(TINY, idx)[:, 3:])
+
+
+def test_baseline_has_one_norm_and_it_is_before_the_head():
+    assert [n for n, _ in build_model(TINY).named_parameters() if "norm" in n] == [
+        "final_norm.weight"
+    ]
+    assert change(norm="rms_norm").norm_at_end == "rms_norm"
+    assert change(final_norm="none").norm_at_end == "none"
 
 
 def test_window_counts_the_token_itself():
