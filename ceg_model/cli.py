@@ -106,6 +106,7 @@ def _add_data(subparsers: Any) -> None:
     prepare.add_argument("sources", nargs="*", metavar="SOURCE", help="file or folder")
     prepare.add_argument("--out", metavar="DIR", help=f"new folder (default, built-in: {DATA})")
     prepare.add_argument("--hf", metavar="NAME[:SPLIT]", help="a Hugging Face data set")
+    prepare.add_argument("--hf-config", metavar="NAME", help="which of its configurations")
     prepare.add_argument("--text-field", default="text", metavar="NAME", help="column of tables")
     prepare.add_argument("--tokenizer", default="byte", choices=("byte", "gpt2"))
     prepare.add_argument("--val-fraction", type=float, default=0.05, metavar="FRACTION")
@@ -264,6 +265,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     request = data.Request(
         sources=tuple(arguments.sources),
         hf=arguments.hf,
+        hf_config=arguments.hf_config,
         text_field=arguments.text_field,
         tokenizer=arguments.tokenizer,
         val_fraction=arguments.val_fraction,

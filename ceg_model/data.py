@@ -46,6 +46,7 @@ class Request:
 
     sources: tuple[str, ...] = ()
     hf: str | None = None  # NAME or NAME:split
+    hf_config: str | None = None  # for data sets that have several
     text_field: str = "text"
     tokenizer: str = "byte"
     val_fraction: float = 0.05
@@ -65,7 +66,9 @@ class Request:
         """Every document of the sources, in order."""
         if self.hf:
             name, _, split = self.hf.partition(":")
-            yield from documents.dataset_documents(name, self.text_field, split=split or "train")
+            yield from documents.dataset_documents(
+                name, self.text_field, split=split or "train", config=self.hf_config
+            )
         elif not self.sources:
             yield from documents.stdlib_documents(self.document_bytes, skipped)
         for source in map(Path, self.sources):

@@ -57,7 +57,12 @@ def stdlib_documents(document_bytes: int, skipped: Skipped) -> Iterator[bytes]:
 
 
 def dataset_documents(
-    name: str, text_field: str, *, split: str = "train", data_files: list[str] | None = None
+    name: str,
+    text_field: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    data_files: list[str] | None = None,
 ) -> Iterator[bytes]:
     """The rows of a data set, through Hugging Face's loader.
 
@@ -75,7 +80,9 @@ def dataset_documents(
         if not Path(file).is_file():
             raise FileNotFoundError(f"source {file} must be a file, got nothing there")
     try:
-        rows = datasets.load_dataset(name, data_files=data_files, split=split, streaming=True)
+        rows = datasets.load_dataset(
+            name, config, data_files=data_files, split=split, streaming=True
+        )
         yield from _row_texts(rows, label, text_field)
     except (ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"data set {label} could not be read: {error}") from error

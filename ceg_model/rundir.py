@@ -24,24 +24,24 @@ class RunDir:
         self.path = Path(path)
         self.checkpoints = self.path / CHECKPOINTS
         self._metrics: IO[str] | None = None
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
 
     def __enter__(self) -> RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"run folder {self.path} must be a folder, got a file")
         if not (self.path / RUN).exists() and self.path.exists():
-            foreign = sorted(p.name for p in self.path.iterdir() if p.name != "lock")
+            foreign = sorted(p.name for p in self.path.iterdir())
             if foreign:
                 raise ValueError(
                     f"run folder {self.path} must be new, empty or a run's, got one with "
                     f"{foreign[0]}"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("w")
+        self._lock = os.open(self.path, os.O_RDONLY)  # the folder itself: no file is left behind
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._lock.close()
+            os.close(self._lock)
             raise ValueError(
                 f"run folder {self.path} must be free, got one that another process trains in"
             ) from error
@@ -53,9 +53,10 @@ class RunDir:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for file in (self._metrics, self._lock):
-            if file is not None:
-                file.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
     def check_is(self, run: dict[str, Any]) -> None:
         """Refuse the folder when it holds another run, and say in what it differs."""

@@ -188,8 +188,10 @@ class _Trainer:
         if folder is not None:
             folder.write_run({**description, **self._circumstances(folder, step)})
             folder.start_metrics(step)
-        loss, reason = math.nan, ""
-        while step < self.config.steps and not reason:
+        if isinstance(stop_at, int) and stop_at <= step < self.config.steps:
+            return {"status": "stopped", "id": description["id"], "step": step}
+        reason = ""
+        while step < self.config.steps:
             until = self._next_row(step, stop_at)
             loss, norm, seconds, reason = self._timed_steps(step + 1, until)
             step, train_s = until, train_s + seconds

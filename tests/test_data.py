@@ -413,3 +413,18 @@ def test_unknown_tokenizers_are_refused(tmp_path):
 def test_tables_are_known_by_their_suffix(tmp_path):
     assert documents.is_table(tmp_path / "a.parquet")
     assert not documents.is_table(tmp_path / "a.txt")
+
+
+def test_an_unreachable_data_set_is_one_clear_error(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def unreachable(*arguments, **options):
+        asked.append((arguments, options["split"]))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"data set some/text could not be read: no network"):
+        prepare(Request(hf="some/text:test", hf_config="small"), tmp_path / "out")
+    assert asked == [(("some/text", "small"), "test")]
+    assert not any(tmp_path.iterdir())

@@ -318,6 +318,20 @@ def test_a_finished_run_is_returned_as_it_is(undisturbed, data_dir, monkeypatch)
     assert result == json.loads((undisturbed / RESULT).read_text())
 
 
+def test_a_kill_before_the_result_is_written_costs_nothing(data_dir, tmp_path, undisturbed):
+    train(MODEL, TRAIN, data_dir, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / RESULT).read_text())
+    (tmp_path / "run" / RESULT).unlink()
+    assert train(MODEL, TRAIN, data_dir, tmp_path / "run") == result
+
+
+def test_stopping_behind_the_checkpoint_does_nothing(data_dir, tmp_path):
+    for stop_at in (4, 2):
+        stopped = train(MODEL, TRAIN, data_dir, tmp_path / "run", stop_at=stop_at)
+        assert stopped["step"] == 4
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
 def test_warming_up_leaves_no_trace(undisturbed, data_dir, tmp_path):
     moe = dataclasses.replace(MODEL, norm="rms_norm", mlp="moe", balance="bias")
     for steps in (0, 3):
