@@ -83,6 +83,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark, which raises where speed has regressed
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
