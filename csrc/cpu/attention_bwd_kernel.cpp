@@ -44,7 +44,7 @@ struct Scratch {
   C *dk, *dv;  // [kBlock][width]
   // Query rows as A operands, and as B operands (the same memory where the layouts agree).
   Item *q_rows, *dout_rows, *q_steps, *dout_steps;
-  C *lse, *delta;  // [rows], lse in base 2
+  C *lse, *delta;  // [rows]
   Range* keys;     // [rows] visible
   // Probabilities and dS of a query block against a key block: pairs of rows interleaved to
   // kDepth, so that they are the A operand of P^T dout. Of one tile: in C, and dS as A operand.
@@ -193,8 +193,8 @@ class Backward {
     }
     for (int64_t i = 0; i < count; ++i) {
       const C lse = *stat(args_.lse, g, i0 + i);
-      // A row that sees nothing: exp2(x - inf) = 0.
-      t_.lse[r + i] = lse == -kInf ? kInf : lse * static_cast<C>(kLog2e);
+      // A row that sees nothing: exp(x - inf) = 0.
+      t_.lse[r + i] = lse == -kInf ? kInf : lse;
       t_.delta[r + i] = *stat(args_.delta, g, i0 + i);
       t_.keys[r + i] = band_.keys_of(i0 + i);
     }
@@ -294,7 +294,7 @@ class Backward {
         x *= logits_.scale;
       }
       if (logits_.biased) x += Logits<C>::bias(slope, distance - c);
-      const Vec<C> p = exp2<E::kExpDegree>(x - lse);
+      const Vec<C> p = exp(x - lse);
       store(s + c, keep(p, c, own, C(0)));
       store(dp + c, keep(p * ds, c, own, C(0)));
     }

@@ -33,7 +33,7 @@ struct Scratch {
 
   Item* q;      // [rows][q_width]
   C* out;       // [rows][v_width], unnormalised
-  C* top;       // [rows] running maximum, base 2
+  C* top;       // [rows] running maximum of the logits
   C* sum;       // [rows] of the probabilities
   Range* keys;  // [rows] visible
   Item* k;      // [kBlock / kPanel][depth_steps][kPanel][depth]
@@ -110,8 +110,7 @@ class Task {
       t_.keys[r] = band_.keys_of(query(r));
       // The sink is a key without a value: the state after having seen it.
       const bool sink = p_.sink.data != nullptr;
-      t_.top[r] = sink ? static_cast<const C*>(p_.sink.data)[head(r) * p_.sink.head] *
-                             static_cast<C>(kLog2e)
+      t_.top[r] = sink ? static_cast<const C*>(p_.sink.data)[head(r) * p_.sink.head]
                        : -kInf;
       t_.sum[r] = sink ? C(1) : C(0);
     }
@@ -175,13 +174,13 @@ class Task {
         high = max(load<C>(s + c), high);
       }
       const C top = std::fmax(t_.top[r + i], reduce_max(high) * scale);
-      // Nothing visible yet: any finite number keeps exp2(-inf - top) at 0 instead of NaN.
+      // Nothing visible yet: any finite number keeps exp(-inf - top) at 0 instead of NaN.
       const C shift = top == -kInf ? C(0) : top;
-      const C factor = exp2<E::kExpDegree>(broadcast(t_.top[r + i] - shift))[0];
+      const C factor = exp(broadcast(t_.top[r + i] - shift))[0];
       Vec<C> sum = {};
       for (int64_t c = columns.first; c < columns.last; c += 2 * kL) {
-        const Vec<C> a = exp2<E::kExpDegree>(load<C>(s + c) * scale - shift);
-        const Vec<C> b = exp2<E::kExpDegree>(load<C>(s + c + kL) * scale - shift);
+        const Vec<C> a = exp(load<C>(s + c) * scale - shift);
+        const Vec<C> b = exp(load<C>(s + c + kL) * scale - shift);
         sum += a + b;
         E::store_a(t_.p + i * kBlock + c, a, b);
       }
@@ -212,7 +211,7 @@ class Task {
                     const_cast<void*>(out.data), p_.value_dim);
       C* lse = static_cast<C*>(args_.lse.data) + task_.batch * args_.lse.batch +
                row * args_.lse.row + head(r) * args_.lse.head;
-      *lse = static_cast<C>(kLn2) * (t_.top[r] + std::log2(sum));
+      *lse = t_.top[r] + std::log(sum);
     }
   }
 

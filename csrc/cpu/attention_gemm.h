@@ -26,7 +26,6 @@ struct Fma {
   using Item = C;
   using Operand = Vec<C>;
   static constexpr int kDepth = 1;
-  static constexpr int kExpDegree = 5;
 
   static Operand load_b(const Item* p) { return load<C>(p); }
   static Operand broadcast_a(const Item* p) { return broadcast(*p); }
@@ -44,7 +43,6 @@ struct DotBf16 {
   using Item = bf16;
   using Operand = Vec<uint32_t>;
   static constexpr int kDepth = 2;
-  static constexpr int kExpDegree = 4;
 
   static Operand load_b(const Item* p) {
     Operand v;

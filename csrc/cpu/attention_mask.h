@@ -49,9 +49,6 @@ struct Band {
   }
 };
 
-inline constexpr double kLog2e = 1.4426950408889634;
-inline constexpr double kLn2 = 0.6931471805599453;
-
 template <class C>
 inline Vec<C> lane_index() {
   Vec<C> v;
@@ -69,17 +66,15 @@ inline Vec<C> keep(Vec<C> v, int64_t column, Range r, C fill) {
   return inside ? v : broadcast(fill);
 }
 
-// Base-2 logits: log2(e) * (softcap(scale * q.k) + alibi), so that the softmax can use exp2.
+// softcap(scale * q.k) + alibi
 template <class C>
 struct Logits {
-  C scale;    // log2(e) * softmax_scale, all there is when plain
-  C cap;      // log2(e) * softcap
-  C cap_in;   // softmax_scale / softcap
+  C scale, cap, cap_in;  // cap_in = scale / cap
   bool capped, biased;
 
   explicit Logits(const AttentionProblem& p)
-      : scale(static_cast<C>(p.scale * kLog2e)),
-        cap(static_cast<C>(p.softcap * kLog2e)),
+      : scale(static_cast<C>(p.scale)),
+        cap(static_cast<C>(p.softcap)),
         cap_in(p.softcap > 0 ? static_cast<C>(p.scale / p.softcap) : C(0)),
         capped(p.softcap > 0),
         biased(p.alibi.data != nullptr) {}
@@ -89,8 +84,7 @@ struct Logits {
 
   C slope(const AttentionProblem& p, int64_t b, int64_t h) const {
     if (!biased) return 0;
-    return static_cast<const C*>(p.alibi.data)[b * p.alibi.batch + h * p.alibi.head] *
-           static_cast<C>(kLog2e);
+    return static_cast<const C*>(p.alibi.data)[b * p.alibi.batch + h * p.alibi.head];
   }
   // -slope * |distance| for the keys at distance, distance - 1, ... before the query
   static Vec<C> bias(C slope, int64_t distance) {
