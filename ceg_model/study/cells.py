@@ -3,8 +3,8 @@
 A *cell* is one scale and budget: arms are compared inside a cell, seed by seed.
 
 Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute,
-averaged over seeds. At the very end the target would be the extreme of the baseline's own noise, and an arm
-that is equal would fail to reach it half of the time.
+averaged over seeds. At the very end the target would be the extreme of the baseline's own noise,
+and an arm that is equal would fail to reach it half of the time.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def _subtitle(plan: Plan) -> str:
     arms = [INNOVATIONS[arm].title for arm in plan.arms[1:]]
     return (
         f"A GPT without norms in its blocks, and {len(arms)} changes to it: {', '.join(arms)}. "
-        f"Each is trained at {len(plan.scales)} scales with {len(plan.seeds)} seeds, until the loss tells "
-        "how much compute, and the clock how much time, the change is worth."
+        f"Each runs at {len(plan.scales)} scales with {len(plan.seeds)} seeds: the loss tells "
+        "how much compute a change is worth, and the clock how much time."
     )
 
 

@@ -60,8 +60,13 @@ def _add_estimate(subparsers: Any) -> None:
         metavar="P",
         help="dense peak of all devices: MFU > 1 is refused",
     )
-    estimate.add_argument("--kernel", action="append", default=[], metavar="ARM",
-                          help="an arm with the same maths: test that its curves are equal")  # fmt: skip
+    estimate.add_argument(
+        "--kernel",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="an arm with the same maths: test that its curves are equal",
+    )
     estimate.add_argument("--json", action="store_true", help="print one JSON object")
     estimate.set_defaults(run=_estimate)
 

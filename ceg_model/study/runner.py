@@ -213,10 +213,6 @@ class _Pool:
         job, worker.job = worker.job, None
         assert job is not None
         self.left -= self._job_weight(job)
-        if isinstance(job, TimingJob):
-            raise RuntimeError(
-                f"the throughput benchmark of scale {job.scale.name} failed: {reason}"
-            )
         self._retry(job, reason)
 
     def _retry(self, job: Job, reason: str) -> None:

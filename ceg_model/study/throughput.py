@@ -54,14 +54,14 @@ def measure(
     """Times every variant of every arm at one scale."""
     data = TokenData(data_dir)
     wanted = variants(plan, ours)
-    keys = {pair: (pair[0], repr(backends)) for pair, backends in wanted.items()}
+    configs = {arm: model_config(arm, scale, data.vocab_size) for arm in plan.arms}
+    keys = {pair: (configs[pair[0]], repr(backends)) for pair, backends in wanted.items()}
     backends = {keys[pair]: b for pair, b in wanted.items()}
     train = TrainConfig.from_dict({**plan.train, **scale.train, "seed": plan.seeds[0]})
     steppers = {}
     with ProcessGroup.joined(resolve_device(train.device)) as group:
         for key in backends:
-            config = model_config(key[0], scale, data.vocab_size)
-            steppers[key] = _Trainer(config, train, data, group)
+            steppers[key] = _Trainer(key[0], train, data, group)
         samples = _rounds(steppers, backends, plan.timing_rounds)
     flops = {key: stepper.model_flops for key, stepper in steppers.items()}
     base = keys[plan.baseline, "study"]
