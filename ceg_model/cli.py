@@ -122,63 +122,11 @@ def _add_data(subparsers: Any) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    import dataclasses
+    from ceg_model import machine
 
-    import torch
-
-    import ceg_kernels
-    from ceg_kernels.measure import ceilings
-    from ceg_model import environment
-
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    found: dict[str, Any] = {
-        "versions": environment.versions(),
-        "git": environment.git_state(),
-        "build": ceg_kernels.build_info(),
-        "backends": {
-            name: [backend.name for backend in op.backends] for name, op in ceg_kernels.OPS.items()
-        },
-        "chosen": {device: _chosen(device) for device in devices},
-        "roofs": {},
-    }
-    for device in [] if arguments.no_roofs else devices:
-        roofs = ceilings.measure(device, refresh=arguments.refresh)
-        found["roofs"][device] = dataclasses.asdict(roofs)
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-    else:
-        _print_tree(found)
+    found = machine.info(roofs=not arguments.no_roofs, refresh=arguments.refresh)
+    print(json.dumps(found, indent=2) if arguments.json else machine.describe(found))
     return 0
-
-
-def _chosen(device: str) -> dict[str, str]:
-    """The backend that runs each op on `device` unless another is forced."""
-    import torch
-
-    from ceg_kernels import OPS
-
-    return {
-        name: op.choose(*next(iter(op.samples(torch.float32, device))).args).name
-        for name, op in OPS.items()
-    }
-
-
-def _print_tree(value: Any, indent: str = "") -> None:
-    """Nested dicts as indented lines; lists of plain values on one line."""
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            print(f"{indent}{key}")
-            _print_tree(item, indent + "  ")
-        else:
-            print(f"{indent}{key}: {_plain(item)}")
-
-
-def _plain(value: Any) -> str:
-    if value is None or value == {}:
-        return "unknown"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _train(arguments: argparse.Namespace) -> int:

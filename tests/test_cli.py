@@ -1,5 +1,6 @@
 """The `ceg` command: exit statuses, one-line errors, JSON, and going on after an interruption."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ceg_kernels import OPS
+from ceg_kernels.measure import ceilings
 from ceg_model.cli import main
 from ceg_model.presets import PRESETS, load_config
 from ceg_model.rundir import read_metrics
@@ -197,30 +200,41 @@ def test_info_tells_what_is_there(capsys):
     assert main(["info", "--no-roofs", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["versions"]["torch"]
-    assert info["backends"]["attention"][-1] == "reference"
-    assert set(info["chosen"]["cpu"]) == set(info["backends"])
+    attention = info["ops"]["cpu"]["attention"]
+    assert attention["can"][-1] == "reference"
+    assert attention["runs"] in attention["can"]
+    assert info["roofs"] == {}
     assert main(["info", "--no-roofs"]) == 0
     text = capsys.readouterr().out
-    assert "attention: " in text
-    assert "torch: " in text
+    assert f"  attention             {attention['runs']}, " in text
+    assert f"torch {info['versions']['torch']}" in text
+
+
+def test_info_says_why_a_backend_cannot_run(capsys, monkeypatch):
+    op = OPS["rms_norm"]
+    refusing = dataclasses.replace(op.backends[0], why_not=lambda *args: "needs more luck")
+    monkeypatch.setattr(op, "backends", (refusing, *op.backends[1:]))
+    assert main(["info", "--no-roofs"]) == 0
+    assert f"  not {refusing.name}: needs more luck" in capsys.readouterr().out
 
 
 def test_info_shows_the_roofs(capsys, monkeypatch):
-    from ceg_kernels.measure import ceilings
+    roofs = {field.name: None for field in dataclasses.fields(ceilings.Roofs)}
+    roofs |= {"flops": {"float32": 1.5e11, "float16": 2e12, "bfloat16": None}, "threads": 2}
+    asked = []
 
-    def fake(device, refresh=False):
-        return ceilings.Roofs(
-            **{f.name: None for f in ceilings.dataclasses.fields(ceilings.Roofs)}
-            | {"device_name": device, "flops": {"float32": 1.5e11, "bfloat16": None}}
-        )
+    def measure(device, refresh):
+        asked.append((device, refresh))
+        return ceilings.Roofs(**roofs)
 
-    monkeypatch.setattr(ceilings, "measure", fake)
-    assert main(["info", "--json"]) == 0
+    monkeypatch.setattr(ceilings, "measure", measure)
+    assert main(["info", "--json", "--refresh"]) == 0
     assert json.loads(capsys.readouterr().out)["roofs"]["cpu"]["flops"]["float32"] == 1.5e11
+    assert asked[0] == ("cpu", True)
     assert main(["info"]) == 0
-    text = capsys.readouterr().out
-    assert "float32: 1.5e+11" in text
-    assert "bfloat16: unknown" in text
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("float32 150 GFLOP/s", "float16 2 TFLOP/s", "bfloat16 unknown", "copy unknown"):
+        assert line in lines
 
 
 @pytest.mark.parametrize("name", PRESETS)
