@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ceg_kernels import use_backend
 from ceg_model.config import GPTConfig
 from ceg_model.flops import model_flops, params_count
 from ceg_model.gpt import build_model
@@ -67,6 +68,17 @@ def test_equals_the_counter_of_torch(config, batch, seq_len):
     assert forward == expected.forward
     assert counter.get_total_flops() == expected.total
     assert expected.per_token * batch * seq_len == pytest.approx(expected.total)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", None])
+def test_count_does_not_depend_on_how_it_is_computed(backend):
+    config = change(CONFIGS["all at once"], qk_norm=False)
+    model, idx = build_model(config), torch.randint(config.vocab_size, (2, 24))
+    with FlopCounterMode(display=False) as counter, use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss = model(idx, idx)
+        loss.backward()
+    assert counter.get_total_flops() == model_flops(config, batch=2).total
 
 
 @configs

@@ -162,6 +162,29 @@ def test_bias_balances_the_load():
     assert not module.gate.tokens_seen.any()  # evaluation is no evidence of the training load
 
 
+def test_bias_counts_the_tokens_of_every_rank(monkeypatch):
+    module = MoE(8, 8, 2, 1, score="sigmoid", balance_bias=True)
+    module.gate.tokens_seen.copy_(torch.tensor([3, 1]))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    elsewhere = torch.tensor([0, 4])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda seen: seen.add_(elsewhere))
+    module.update_bias(0.5)
+    assert module.gate.e_score_correction_bias.tolist() == [0.5, -0.5]
+
+
+def test_router_decides_in_fp32():
+    module, x = MoE(16, 8, 4, 2), torch.randn(32, 16)
+    exact = x @ module.gate.weight.T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(module.gate(x), exact)
+
+
+def test_modules_say_what_they_are():
+    assert "48, eps=1e-05, weight_offset=1.0" in repr(RMSNorm(48, 1e-5, weight_offset=1.0))
+    assert "16, max_seq_len=32, base=500.0" in repr(RotaryEmbedding(16, 32, base=500.0))
+    assert "causal=True, window=(4, 0)" in repr(FlashAttention(causal=True, window=(4, 0)))
+
+
 def test_auxiliary_loss_is_one_when_balanced_and_larger_when_not():
     module = MoE(8, 8, 4, 1)
     nn.init.zeros_(module.gate.weight)
