@@ -209,7 +209,8 @@ class LSTMLayer(nn.Module):
     """One LSTM layer from a zero state; x: (B, T, d) -> h: (B, T, d).
 
     The inputs' share of the gates is one matmul over all steps, the recurrence one a step (none at
-    the first, whose state is zero). The cell is kept in fp32 under autocast.
+    the first, whose state is zero). The cell is kept in fp32 under autocast. Not nn.LSTM, whose
+    fused kernels are faster but hide their matmuls from FlopCounterMode.
     """
 
     def __init__(self, dim: int) -> None:
@@ -229,9 +230,11 @@ class LSTMLayer(nn.Module):
         cell, hidden, states = None, None, []
         for step in inputs:
             gates = step if hidden is None else step + self.state_proj(hidden)
-            forget, enter, leave = gates[:, : 3 * dim].float().sigmoid().chunk(3, dim=-1)
-            entered = enter * gates[:, 3 * dim :].float().tanh()
-            cell = entered if cell is None else forget * cell + entered
+            # split, not slices: the backward of a slice writes all four gates.
+            openings, candidate = gates.float().split((3 * dim, dim), dim=-1)
+            forget, enter, leave = openings.sigmoid().chunk(3, dim=-1)
+            entered = enter * candidate.tanh()
+            cell = entered if cell is None else torch.addcmul(entered, forget, cell)
             hidden = leave * cell.tanh()
             states.append(hidden)
         return torch.stack(states, dim=1).to(x.dtype)
