@@ -181,7 +181,7 @@ class Backward {
     const int64_t first = p_.q_begin(batch_) + i0;
     const Rows q = rows_of(args_.q, first, head(g), count, p_.head_dim);
     const Rows dout = rows_of(args_.dout, first, head(g), count, p_.value_dim);
-    pack_rows<E>(p_.dtype, q, t_.q_rows + r * n_.q_width, n_.q_width);
+    pack_rows<E>(p_.dtype, q, t_.q_rows + r * n_.q_width, n_.q_width, logits_.q_scale);
     pack_rows<E>(p_.dtype, dout, t_.dout_rows + r * n_.v_width, n_.v_width);
     if (for_dkv) {
       if (kD > 1) {
@@ -222,7 +222,7 @@ class Backward {
       const int64_t row = p_.k_begin(batch_) + j0 + j;
       const Rows dk = rows_of(args_.dk, row, kv_head_, 1, p_.head_dim);
       const Rows dv = rows_of(args_.dv, row, kv_head_, 1, p_.value_dim);
-      unpack_row<C>(p_.dtype, t_.dk + j * n_.q_width, static_cast<C>(p_.scale),
+      unpack_row<C>(p_.dtype, t_.dk + j * n_.q_width, logits_.scale,
                     const_cast<void*>(dk.data), p_.head_dim);
       unpack_row<C>(p_.dtype, t_.dv + j * n_.v_width, C(1), const_cast<void*>(dv.data),
                     p_.value_dim);
@@ -293,7 +293,7 @@ class Backward {
       } else {
         x *= logits_.scale;
       }
-      if (logits_.biased) x += Logits<C>::bias(slope, distance - c);
+      if (logits_.biased) x += Logits<E>::bias(slope, distance - c);
       const Vec<C> p = exp(x - lse);
       store(s + c, keep(p, c, own, C(0)));
       store(dp + c, keep(p * ds, c, own, C(0)));
@@ -359,7 +359,7 @@ class Backward {
   int64_t batch_, kv_head_;
   Band band_;
   Sizes<E> n_;
-  Logits<C> logits_;
+  Logits<E> logits_;
   Scratch<E> t_;
   int64_t j0_ = 0, keys_ = 0;  // the key block that is loaded
   bool k_finite_ = true, q_finite_ = true, dout_finite_ = true;

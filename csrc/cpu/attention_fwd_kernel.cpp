@@ -103,7 +103,7 @@ class Task {
     for (int64_t g = 0; g < p_.group(); ++g) {
       const int64_t h = kv_head_ * p_.group() + g;
       pack_rows<E>(p_.dtype, rows_of(args_.q, first, h, task_.count, p_.head_dim),
-                   t_.q + g * task_.count * n_.q_width, n_.q_width);
+                   t_.q + g * task_.count * n_.q_width, n_.q_width, logits_.q_scale);
     }
     std::memset(t_.out, 0, static_cast<size_t>(rows_ * n_.v_width) * sizeof(C));
     for (int64_t r = 0; r < rows_; ++r) {
@@ -196,7 +196,7 @@ class Task {
     for (int64_t c = columns.first; c < columns.last; c += kL) {
       Vec<C> x = load<C>(s + c);
       x = logits_.capped ? logits_.cap * tanh(x * logits_.cap_in) : x * logits_.scale;
-      if (logits_.biased) x += Logits<C>::bias(slope, distance - c);
+      if (logits_.biased) x += Logits<E>::bias(slope, distance - c);
       store(s + c, x);
     }
   }
@@ -221,7 +221,7 @@ class Task {
   int64_t kv_head_, rows_;
   Band band_;
   Sizes<E> n_;
-  Logits<C> logits_;
+  Logits<E> logits_;
   Scratch<E> t_;
   bool v_finite_ = true;
 };

@@ -66,16 +66,22 @@ inline Vec<C> keep(Vec<C> v, int64_t column, Range r, C fill) {
   return inside ? v : broadcast(fill);
 }
 
-// softcap(scale * q.k) + alibi
-template <class C>
+// softcap(scale * q.k) + alibi. With full precision the scale is folded into the packed q, which
+// leaves nothing to round between the largest logit and itself: exp(0) = 1 on a row's only key.
+template <class E>
 struct Logits {
-  C scale, cap, cap_in;  // cap_in = scale / cap
+  using C = typename E::Compute;
+  static constexpr bool kFolded = E::kDepth == 1;
+
+  C q_scale, scale;  // of q when it is packed, of its product with k
+  C cap, cap_in;     // cap * tanh(cap_in * q.k)
   bool capped, biased;
 
   explicit Logits(const AttentionProblem& p)
-      : scale(static_cast<C>(p.scale)),
+      : q_scale(kFolded ? static_cast<C>(p.scale) : C(1)),
+        scale(kFolded ? C(1) : static_cast<C>(p.scale)),
         cap(static_cast<C>(p.softcap)),
-        cap_in(p.softcap > 0 ? static_cast<C>(p.scale / p.softcap) : C(0)),
+        cap_in(p.softcap > 0 ? scale / cap : C(0)),
         capped(p.softcap > 0),
         biased(p.alibi.data != nullptr) {}
 

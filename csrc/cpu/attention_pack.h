@@ -95,9 +95,10 @@ inline const S* row_of(const Rows& rows, int64_t r) {
   return static_cast<const S*>(rows.data) + r * rows.stride;
 }
 
-// A operand, [count][ld]: row-major items.
+// A operand, [count][ld]: row-major items, times `scale` where the engine keeps full precision.
 template <class E, class S>
-inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld) {
+inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
+                         typename E::Compute scale = 1) {
   constexpr int lanes = kLanes<typename E::Compute>;
   for (int64_t r = 0; r < rows.count; ++r) {
     const S* p = row_of<typename E::Compute, S>(rows, r);
@@ -106,7 +107,7 @@ inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld) {
         // bf16 to bf16: the detour over float is exact.
         store_n(out + r * ld + d, load_n<float>(p + d, rows.width - d), lanes);
       } else {
-        store(out + r * ld + d, load_n<typename E::Compute>(p + d, rows.width - d));
+        store(out + r * ld + d, load_n<typename E::Compute>(p + d, rows.width - d) * scale);
       }
     }
   }
@@ -178,8 +179,9 @@ inline void pack_with(DType dtype, Pack pack) {
 }
 
 template <class E>
-void pack_rows(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld) {
-  pack_with<E>(dtype, [&](auto s) { pack_rows_as<E, decltype(s)>(rows, out, ld); });
+void pack_rows(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
+               typename E::Compute scale = 1) {
+  pack_with<E>(dtype, [&](auto s) { pack_rows_as<E, decltype(s)>(rows, out, ld, scale); });
 }
 template <class E>
 void pack_steps(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld) {
