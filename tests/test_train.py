@@ -306,6 +306,12 @@ def test_foreign_folders_and_running_runs_are_refused(data_dir, tmp_path):
         train(MODEL, TRAIN, data_dir, tmp_path / "c")
 
 
+def test_a_damaged_description_is_refused(data_dir, tmp_path):
+    (tmp_path / RUN).write_text('{"id": ')
+    with pytest.raises(ValueError, match=r"run.json must be JSON, got Expecting value"):
+        train(MODEL, TRAIN, data_dir, tmp_path)
+
+
 def test_a_vocabulary_smaller_than_the_datas_is_refused(data_dir, tmp_path):
     small = dataclasses.replace(MODEL, vocab_size=100)
     with pytest.raises(ValueError, match=r"vocab_size must be at least the 256 of the data .*100"):
