@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,7 +41,10 @@ class ProcessGroup:
             return model
         ids = [device.index] if device.type == "cuda" else None
         # No broadcast of buffers: they count this process's tokens until `after_step` adds them up.
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        # torch 2.13 renamed the argument.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, device_ids=ids, **{name: False})
 
     def accumulating(self, model: nn.Module, more: bool) -> AbstractContextManager[Any]:
         """Around a backward: with `more` to come, gradients stay in this process."""
