@@ -44,7 +44,8 @@ class ProcessGroup:
         # torch 2.13 renamed the argument.
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(model, device_ids=ids, **{name: False})
+        options: dict[str, Any] = {name: False}
+        return DistributedDataParallel(model, device_ids=ids, **options)
 
     def accumulating(self, model: nn.Module, more: bool) -> AbstractContextManager[Any]:
         """Around a backward: with `more` to come, gradients stay in this process."""
