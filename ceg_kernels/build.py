@@ -10,7 +10,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 def hash_sources(root: Path) -> str:
     """Hash of everything the native module is compiled from; setup.py uses this function too."""
-    files = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in {".cpp", ".cu", ".cuh", ".h"})
+    files = sorted(
+        p for p in (root / "csrc").rglob("*") if p.suffix in {".cpp", ".cu", ".cuh", ".h"}
+    )
     digest = hashlib.sha256()
     for path in [root / "CMakeLists.txt", root / "cmake" / "cuda.cmake", *files]:
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())

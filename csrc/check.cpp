@@ -79,7 +79,6 @@ void check_like(const char* name, const Tensor& t, const Tensor& like) {
 void check_rows(const char* name, const Tensor& t) {
   CEG_CHECK(t.device_type == kCpu, name, " must be on the CPU, got DLPack device type ",
             t.device_type);
-  CEG_CHECK(t.ndim > 0, name, " must have at least one dimension, got a scalar");
   CEG_CHECK(t.stride[t.ndim - 1] == 1 || t.shape[t.ndim - 1] <= 1, name,
             " must have stride 1 in its last dimension, got ", t.stride[t.ndim - 1]);
 }
@@ -89,11 +88,10 @@ void check_output(const char* name, const Tensor& t) {
   CEG_CHECK(!t.read_only, name, " must be writable, got a read-only array");
   // A broadcast output would be written by several threads at once.
   for (int i = 0; i < t.ndim; ++i) {
-    CEG_CHECK(t.stride[i] != 0 || t.shape[i] <= 1, name,
+    CEG_CHECK(t.stride[i] != 0 || t.shape[i] <= 1 || t.numel() == 0, name,
               " must not be expanded, got stride 0 in dimension ", i);
   }
 }
-
 
 void check_range(const char* name, const Tensor& t, int64_t low, int64_t high) {
   if (t.numel() == 0) return;

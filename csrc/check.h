@@ -18,10 +18,10 @@ template <typename... Parts>
   throw std::invalid_argument(text.str());
 }
 
-#define CEG_CHECK(cond, ...)                   \
-  do {                                         \
-    if (!(cond)) [[unlikely]]                  \
-      ::ceg::fail(__VA_ARGS__);                \
+#define CEG_CHECK(cond, ...)    \
+  do {                          \
+    if (!(cond)) [[unlikely]]   \
+      ::ceg::fail(__VA_ARGS__); \
   } while (0)
 
 // -1 in an expected shape accepts any size; checks return nothing and throw std::invalid_argument.
@@ -30,7 +30,8 @@ void check_dtype(const char* name, const Tensor& t, std::initializer_list<DType>
 void check_float(const char* name, const Tensor& t);
 // Shape and dtype of another tensor, and check_rows.
 void check_like(const char* name, const Tensor& t, const Tensor& like);
-// On the CPU, with neighbours of the last dimension adjacent in memory.
+// On the CPU, with neighbours of the last dimension adjacent in memory. Not for scalars: check the
+// shape first.
 void check_rows(const char* name, const Tensor& t);
 // check_rows, and may be written.
 void check_output(const char* name, const Tensor& t);

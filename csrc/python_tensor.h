@@ -59,13 +59,20 @@ inline DType dtype_of(const View& view) {
   if (view.type_lanes != 1) return DType::other;
   enum { kInt = 0, kFloat = 2, kBfloat = 4 };
   switch (view.type_code << 8 | view.type_bits) {
-    case kFloat << 8 | 32: return DType::f32;
-    case kFloat << 8 | 64: return DType::f64;
-    case kFloat << 8 | 16: return DType::f16;
-    case kBfloat << 8 | 16: return DType::bf16;
-    case kInt << 8 | 32: return DType::i32;
-    case kInt << 8 | 64: return DType::i64;
-    default: return DType::other;
+    case kFloat << 8 | 32:
+      return DType::f32;
+    case kFloat << 8 | 64:
+      return DType::f64;
+    case kFloat << 8 | 16:
+      return DType::f16;
+    case kBfloat << 8 | 16:
+      return DType::bf16;
+    case kInt << 8 | 32:
+      return DType::i32;
+    case kInt << 8 | 64:
+      return DType::i64;
+    default:
+      return DType::other;
   }
 }
 
@@ -94,8 +101,8 @@ inline Tensor tensor_of(const View& view, bool read_only) {
 inline const ExchangeApi* exchange_api(PyTypeObject* type) {
   static std::unordered_map<PyTypeObject*, const ExchangeApi*> known;
   if (auto it = known.find(type); it != known.end()) return it->second;
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
-                                             "__dlpack_c_exchange_api__");
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   const ExchangeApi* api = nullptr;
   if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
     api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -126,8 +133,8 @@ inline Tensor from_capsule(pybind11::handle object) {
     capsule = method();  // an exporter from before DLPack 1.0
   }
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
-    auto* managed = static_cast<ManagedVersioned*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    auto* managed =
+        static_cast<ManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
     return tensor_of(managed->view, managed->flags & 1);
   }
   auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));

@@ -37,13 +37,20 @@ struct Tensor {
 
 inline const char* name(DType dtype) {
   switch (dtype) {
-    case DType::f32: return "float32";
-    case DType::f64: return "float64";
-    case DType::bf16: return "bfloat16";
-    case DType::f16: return "float16";
-    case DType::i32: return "int32";
-    case DType::i64: return "int64";
-    case DType::other: break;
+    case DType::f32:
+      return "float32";
+    case DType::f64:
+      return "float64";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::f16:
+      return "float16";
+    case DType::i32:
+      return "int32";
+    case DType::i64:
+      return "int64";
+    case DType::other:
+      break;
   }
   return "an unsupported dtype";
 }
@@ -55,10 +62,13 @@ inline bool is_float(DType dtype) {
 inline int64_t item_size(DType dtype) {
   switch (dtype) {
     case DType::f64:
-    case DType::i64: return 8;
+    case DType::i64:
+      return 8;
     case DType::bf16:
-    case DType::f16: return 2;
-    default: return 4;
+    case DType::f16:
+      return 2;
+    default:
+      return 4;
   }
 }
 

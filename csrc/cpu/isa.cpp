@@ -20,9 +20,9 @@ struct Level {
 
 // __builtin_cpu_supports also asks the operating system whether it saves the registers. Each
 // level is a superset of the one before.
-#define CEG_TABLE(level_)                                        \
-  [] {                                                           \
-    namespace level = level_;                                    \
+#define CEG_TABLE(level_)                                           \
+  [] {                                                              \
+    namespace level = level_;                                       \
     return Kernels{.isa = #level_, CEG_FOR_EACH_KERNEL(CEG_ENTRY)}; \
   }()
 
@@ -93,7 +93,6 @@ std::vector<std::string> available_isa_levels() {
 }
 
 int thread_count(int threads) { return threads > 0 ? threads : omp_get_max_threads(); }
-
 
 int threads_for(const Tensor& t, int threads) {
   constexpr int64_t kBytesPerThread = 32 << 10;

@@ -8,18 +8,18 @@
 
 namespace ceg {
 
-#define CEG_FOR_EACH_KERNEL(X)            \
-  X(attention_fwd, AttentionFwdArgs)      \
-  X(attention_bwd, AttentionBwdArgs)      \
-  X(rms_norm_fwd, RmsNormFwdArgs)         \
-  X(rms_norm_bwd, RmsNormBwdArgs)         \
-  X(rope, RopeArgs)                       \
-  X(moe_route, MoeRouteArgs)              \
-  X(moe_route_bwd, MoeRouteBwdArgs)       \
-  X(moe_dispatch, MoeDispatchArgs)        \
-  X(moe_combine, MoeCombineArgs)          \
-  X(moe_combine_bwd, MoeCombineBwdArgs)   \
-  X(roofs_fma, RoofsFmaArgs)              \
+#define CEG_FOR_EACH_KERNEL(X)          \
+  X(attention_fwd, AttentionFwdArgs)    \
+  X(attention_bwd, AttentionBwdArgs)    \
+  X(rms_norm_fwd, RmsNormFwdArgs)       \
+  X(rms_norm_bwd, RmsNormBwdArgs)       \
+  X(rope, RopeArgs)                     \
+  X(moe_route, MoeRouteArgs)            \
+  X(moe_route_bwd, MoeRouteBwdArgs)     \
+  X(moe_dispatch, MoeDispatchArgs)      \
+  X(moe_combine, MoeCombineArgs)        \
+  X(moe_combine_bwd, MoeCombineBwdArgs) \
+  X(roofs_fma, RoofsFmaArgs)            \
   X(roofs_copy, RoofsCopyArgs)
 
 #define CEG_DECLARE(kernel, Args) struct Args;
@@ -34,9 +34,9 @@ struct Kernels {
 };
 
 #define CEG_DECLARE(kernel, Args) void kernel##_kernel(const Args&);
-#define CEG_DECLARE_LEVEL(level)         \
-  namespace level {                      \
-  CEG_FOR_EACH_KERNEL(CEG_DECLARE)       \
+#define CEG_DECLARE_LEVEL(level)              \
+  namespace level {                           \
+  CEG_FOR_EACH_KERNEL(CEG_DECLARE)            \
   inline constexpr const char* kIsa = #level; \
   }
 CEG_DECLARE_LEVEL(portable)

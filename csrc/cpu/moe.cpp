@@ -52,11 +52,8 @@ void moe_combine(const Tensor& y, const Tensor& slots, const std::optional<Tenso
   check_shape("out", out, {slots.shape[0], y.shape[1]});
   check_dtype("out", out, {y.dtype});
   check_output("out", out);
-  kernels(isa).moe_combine({.y = y,
-                            .slots = slots,
-                            .weights = weights,
-                            .out = out,
-                            .threads = threads_for(y, threads)});
+  kernels(isa).moe_combine(
+      {.y = y, .slots = slots, .weights = weights, .out = out, .threads = threads_for(y, threads)});
 }
 
 void moe_combine_bwd(const Tensor& dout, const Tensor& y, const Tensor& sources,

@@ -15,10 +15,10 @@ namespace ceg {
 enum class Score { softmax, sigmoid };
 
 struct MoeRouteArgs {
-  Tensor logits;                      // (N, E)
-  std::optional<Tensor> bias;         // (E,), for the choice only
-  Tensor weights, expert_ids;         // (N, K)
-  Tensor tokens_per_expert;           // (E,)
+  Tensor logits;               // (N, E)
+  std::optional<Tensor> bias;  // (E,), for the choice only
+  Tensor weights, expert_ids;  // (N, K)
+  Tensor tokens_per_expert;    // (E,)
   Score score;
   bool renormalize;
   int threads;

@@ -10,27 +10,9 @@ namespace {
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// e^x = 2^n * 2^(r * log2(e)) with r = x - n * ln(2) from a two-part ln(2): x * log2(e) alone would
-// lose a digit at |x| of 10 and more.
-template <class C>
-inline Vec<C> exp(Vec<C> x) {
-  constexpr bool wide = sizeof(C) == 8;
-  constexpr C log2e = C(1.4426950408889634074), limit = C(wide ? 1022 : 126);
-  constexpr C ln2_high = C(wide ? 0x1.62e42feep-1 : 0x1.63p-1);  // n * ln2_high is exact
-  constexpr C ln2_low = C(wide ? 1.9082149292705877e-10 : -2.1219444005469058e-4);
-  const Vec<C> n = max(broadcast(-limit), min(broadcast(limit), round_to_int(x * log2e)));
-  const Vec<C> r = (x - n * ln2_high) - n * ln2_low;
-  return exp2(r * log2e) * power_of_two(n);
-}
-
 template <class C>
 inline Vec<C> sigmoid(Vec<C> x) {
-  return C{1} / (C{1} + exp<C>(-x));
-}
-
-template <class C>
-inline C scalar(Vec<C> v) {
-  return v[0];
+  return C{1} / (C{1} + exp(-x));
 }
 
 template <class C>
@@ -45,13 +27,14 @@ C row_max(const C* row, int64_t n) {
 template <class C>
 void score_row(const C* logits, C* scores, int64_t experts, Score score) {
   if (score == Score::sigmoid) {
-    for (int64_t i = 0; i < experts; i += kLanes<C>) store(scores + i, sigmoid<C>(load<C>(logits + i)));
+    for (int64_t i = 0; i < experts; i += kLanes<C>)
+      store(scores + i, sigmoid<C>(load<C>(logits + i)));
     return;
   }
   const C highest = row_max(logits, experts);
   Vec<C> sum = {};
   for (int64_t i = 0; i < experts; i += kLanes<C>) {
-    const Vec<C> e = exp<C>(load<C>(logits + i) - highest);
+    const Vec<C> e = exp(load<C>(logits + i) - highest);
     store(scores + i, e);
     sum += e;
   }
@@ -125,17 +108,18 @@ void fill_keys(RowBuffers<C>& row, const C* bias, int64_t experts) {
   for (int64_t i = experts; i % kLanes<C>; ++i) keys[i] = -kInfinity<C>;
 }
 
-// Scores of the chosen experts. With renormalisation softmax needs only their own maximum and sum.
-template <class C>
-void weigh(RowBuffers<C>& row, const int32_t* ids, C* weights, int64_t top_k, Score score,
+// Scores of the chosen experts in type W. With renormalisation softmax needs only their own maximum
+// and sum.
+template <class C, class W>
+void weigh(RowBuffers<C>& row, const int32_t* ids, W* weights, int64_t top_k, Score score,
            bool renormalize) {
   const C* logits = row.logits.data();
-  C highest = logits[ids[0]], sum = 0;
+  W highest = logits[ids[0]], sum = 0;
   for (int64_t k = 1; k < top_k; ++k) highest = logits[ids[k]] > highest ? logits[ids[k]] : highest;
   for (int64_t k = 0; k < top_k; ++k) {
-    const C logit = logits[ids[k]];
-    weights[k] = score == Score::sigmoid ? scalar<C>(sigmoid<C>(broadcast(logit)))
-                 : renormalize           ? scalar<C>(exp<C>(broadcast(logit - highest)))
+    const W logit = logits[ids[k]];
+    weights[k] = score == Score::sigmoid ? sigmoid<W>(broadcast(logit))[0]
+                 : renormalize           ? exp(broadcast(logit - highest))[0]
                                          : row.scores.data()[ids[k]];
     sum += weights[k];
   }
@@ -177,8 +161,9 @@ void route(const MoeRouteArgs& a) {
 }
 
 // Gradient of one row. Only softmax without renormalisation reaches experts that were not chosen.
+// The few values of the chosen experts are kept in double: their differences cancel.
 template <class S, class C>
-void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, RowBuffers<C>& row, C* weights) {
+void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, RowBuffers<C>& row, double* weights) {
   const int64_t experts = a.logits.shape[1], top_k = a.dweights.shape[1];
   const C* dweights = a.dweights.ptr<C>() + n * a.dweights.stride[0];
   const int32_t* ids = a.expert_ids.ptr<int32_t>() + n * a.expert_ids.stride[0];
@@ -190,32 +175,30 @@ void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, RowBuffers<C>& row,
   load_row(a.logits.ptr<S>() + n * a.logits.stride[0], row.logits.data(), experts);
   if (dense) score_row(row.logits.data(), scores, experts, a.score);
   weigh(row, ids, weights, top_k, a.score, a.renormalize);
-  C along = 0;
+  double along = 0, sum = 1;
   for (int64_t k = 0; k < top_k; ++k) along += dweights[k] * weights[k];
-
-  C sum = 1;  // of the chosen scores before renormalisation
   if (a.score == Score::sigmoid && a.renormalize) {
-    sum = 0;
+    sum = 0;  // of the chosen scores before renormalisation
     for (int64_t k = 0; k < top_k; ++k) {
-      sum += scalar<C>(sigmoid<C>(broadcast(row.logits.data()[ids[k]])));
+      sum += sigmoid<double>(broadcast<double>(row.logits.data()[ids[k]]))[0];
     }
   }
+
+  // d softmax = w * (dw - <dw, w>), over all experts or over the chosen ones.
+  const C shared = static_cast<C>(-along);
   for_each_vec<C>(experts, [&](int64_t i, int64_t lanes) {
-    store_n(dlogits + i, dense ? load<C>(scores + i) * -along : Vec<C>{}, lanes);
+    store_n(dlogits + i, dense ? load<C>(scores + i) * shared : Vec<C>{}, lanes);
   });
   for (int64_t k = 0; k < top_k; ++k) {
-    C d = dense ? dweights[k] - along : dweights[k];
-    if (a.renormalize) {
-      // dw_k - <dw, w>, as the weights add up to 1; a difference of two sums would cancel.
-      d = 0;
-      for (int64_t j = 0; j < top_k; ++j) d += weights[j] * (dweights[k] - dweights[j]);
-    }
-    if (a.score == Score::sigmoid) {
-      const C s = weights[k] * sum;
-      dlogits[ids[k]] = d / sum * s * (1 - s);
+    double d = dweights[k];
+    if (a.score == Score::softmax || a.renormalize) d -= along;
+    if (a.score == Score::softmax) {
+      d *= weights[k];
     } else {
-      dlogits[ids[k]] = d * weights[k];
+      const double s = weights[k] * sum;
+      d = d / sum * s * (1 - s);
     }
+    dlogits[ids[k]] = static_cast<C>(d);
   }
 
   S* out = a.dlogits.ptr<S>() + n * a.dlogits.stride[0];
@@ -230,7 +213,7 @@ void route_backward(const MoeRouteBwdArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     RowBuffers<C> row(a.logits.shape[1]);
-    Scratch<C> weights(a.dweights.shape[1]);
+    Scratch<double> weights(a.dweights.shape[1]);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.logits.shape[0]; ++n) {
       route_row_backward<S>(a, n, row, weights.data());

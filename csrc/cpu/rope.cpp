@@ -29,8 +29,8 @@ void rope(const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos, co
   check_dtype("cos", cos, {compute_type(q.dtype)});
   check_rows("cos", cos);
   check_like("sin", sin, cos);
-  CEG_CHECK(2 * cos.shape[1] <= q.shape[3], "cos must have at most head_dim / 2 = ",
-            q.shape[3] / 2, " columns, got ", cos.shape[1]);
+  CEG_CHECK(2 * cos.shape[1] <= q.shape[3], "cos must have at most head_dim / 2 = ", q.shape[3] / 2,
+            " columns, got ", cos.shape[1]);
   if (positions) {
     check_shape("positions", *positions, {q.shape[0], q.shape[1]});
     check_dtype("positions", *positions, {DType::i32, DType::i64});

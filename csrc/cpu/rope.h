@@ -9,10 +9,10 @@
 namespace ceg {
 
 struct RopeArgs {
-  Tensor q;                          // (B, T, H, D)
-  std::optional<Tensor> k;           // (B, T, Hk, D)
-  Tensor cos, sin;                   // (table length, R / 2) with R <= D
-  std::optional<Tensor> positions;   // (B, T), int32 or int64
+  Tensor q;                         // (B, T, H, D)
+  std::optional<Tensor> k;          // (B, T, Hk, D)
+  Tensor cos, sin;                  // (table length, R / 2) with R <= D
+  std::optional<Tensor> positions;  // (B, T), int32 or int64
   Tensor q_out;
   std::optional<Tensor> k_out;
   bool interleaved;  // pairs (2i, 2i + 1), else (i, i + R / 2)

@@ -14,10 +14,14 @@ namespace ceg::CEG_ISA {
 template <class F>
 inline void with_storage(DType dtype, F f) {
   switch (dtype) {
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
   }
 }
 
