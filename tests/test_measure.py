@@ -143,6 +143,19 @@ def test_slow_calls_get_fewer_rounds():
     assert timing.rounds == 3
 
 
+def test_calls_that_slow_down_get_fewer_rounds():
+    """As on a machine where others start to compute after the calibration."""
+    calls = []
+
+    def slowing():
+        calls.append(0)
+        time.sleep(0.0 if len(calls) <= 2000 else 0.005)
+
+    begun = time.monotonic()
+    assert time_interleaved({"slowing": slowing}, min_time_s=0.1)["slowing"].rounds < 30
+    assert time.monotonic() - begun < 10
+
+
 def test_call_seconds_is_the_callers_wait():
     assert call_seconds(lambda: time.sleep(0.005)) == pytest.approx(0.005, rel=0.2)
 

@@ -23,8 +23,8 @@ from ceg_kernels.op import OPS, Cost, Op, use_backend
 
 GROUPS = ("quick", "gpt2", "llama", "moe", "all")
 DTYPES = ("float32", "bfloat16")
+DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 STOCK = ("torch", "reference")  # backends that are not ours
-_MAX_VARIANTS = 8
 
 Row = dict[str, Any]
 
@@ -106,7 +106,7 @@ def cases(
     *,
     dtypes: Sequence[str] = DTYPES,
     device: str = "cpu",
-    directions: Sequence[str] = ("fwd", "bwd", "fwd_bwd"),
+    directions: Sequence[str] = DIRECTIONS,
 ) -> Iterator[Case]:
     """All cases of a group of shapes, those of one op together."""
     if group not in GROUPS:
@@ -143,6 +143,7 @@ def run_case(
     roofs: Roofs,
     min_time_s: float = 0.2,
     max_time_s: float = 3.0,
+    max_variants: int = 8,
 ) -> dict[str, Result]:
     """Check, then time the backends (all that can run it, unless named) on the same inputs.
 
@@ -162,7 +163,7 @@ def run_case(
     twin = {"torch": "reference"} if {"torch", "reference"} <= set(names) else {}
     twin = {name: other for name, other in twin.items() if case.same(name, other)}
     timed = [name for name in names if refused[name] is None and name not in twin]
-    variants = [args, *_more_variants(case, cost, roofs)]
+    variants = [args, *_more_variants(case, cost, roofs, max_variants)]
     timings = time_interleaved(
         {name: [case.call(name, one) for one in variants] for name in timed},
         device=case.device,
@@ -197,13 +198,13 @@ def quick_bench(
     """Rows of every op at its quick shapes, ours against torch and the reference.
 
     Aims at `budget_s` seconds on two cores by giving each case an equal share; measuring the roofs,
-    where they are not known yet, comes on top. `smoke`: the first dtype and the first shapes only.
+    where they are not known yet, comes on top. `smoke`: the first dtype only, forward and backward
+    apart, the inputs hot in the cache, few rounds.
     """
     roofs = measure(device) if roofs is None else roofs
     start = time.monotonic()
-    chosen = list(cases("quick", dtypes=dtypes[:1] if smoke else dtypes, device=device))
-    if smoke:
-        chosen = list({(case.op, case.direction): case for case in reversed(chosen)}.values())[::-1]
+    directions, dtypes = (("fwd", "bwd"), dtypes[:1]) if smoke else (DIRECTIONS, dtypes)
+    chosen = list(cases("quick", dtypes=dtypes, device=device, directions=directions))
     rows: list[Row] = []
     for index, case in enumerate(chosen):
         if progress is not None:
@@ -211,8 +212,9 @@ def quick_bench(
         left = max(budget_s - (time.monotonic() - start), 0.0) / (len(chosen) - index)
         share = left / (2 * max(len(case.backends()), 1))  # the other half: inputs and checks
         results = run_case(
-            case, roofs=roofs, min_time_s=min(0.2, share), max_time_s=min(1.0, share)
-        )
+            case, roofs=roofs, min_time_s=min(0.02 if smoke else 0.2, share),
+            max_time_s=min(1.0, share), max_variants=1 if smoke else 8,
+        )  # fmt: skip
         rows.extend(result.row for result in results.values())
     return rows
 
@@ -294,13 +296,13 @@ def _refusal(backend: str, error: float) -> str | None:
     return f"not timed: error is {error:.3g} times the allowed"
 
 
-def _more_variants(case: Case, cost: Cost, roofs: Roofs) -> list[tuple]:
+def _more_variants(case: Case, cost: Cost, roofs: Roofs, most: int) -> list[tuple]:
     """Copies of the inputs so that a memory-bound op reads memory, not the last-level cache."""
     least = least_seconds(cost, case.dtype, roofs)
     if case.device != "cpu" or least is None or least[1] != "memory" or not cost.bytes:
         return []
     wanted = math.ceil(2 * (roofs.cache_bytes or 0) / cost.bytes)
-    return [case.args() for _ in range(min(wanted, _MAX_VARIANTS) - 1)]
+    return [case.args() for _ in range(min(wanted, most) - 1)]
 
 
 def _call_s(case: Case, backend: str, args: tuple, timing: Timing) -> float:
