@@ -1,6 +1,7 @@
 # Finds nvcc and adds the CUDA half to _C, or says in one line why not.
 #   CEG_CUDA        0: skip; 1: a missing nvcc is an error; unset: build it where nvcc is
 #   CEG_CUDA_ARCHS  as CMAKE_CUDA_ARCHITECTURES; default: the GPU present, else see below
+set(NVCC_WHEEL ${CEG_SITE_PACKAGES}/nvidia/cu13/bin/nvcc)
 set(CUDA_STATUS "")
 set(CUDA_ARCHS_TEXT "")
 
@@ -25,9 +26,8 @@ function(find_nvcc result)
   endif()
   find_program(NVCC_ON_PATH nvcc PATHS ENV PATH NO_DEFAULT_PATH NO_CACHE)
   file(GLOB toolkits /usr/local/cuda*/bin/nvcc)
-  set(wheel ${CEG_SITE_PACKAGES}/nvidia/cu13/bin/nvcc)
   foreach(candidate "$ENV{CUDACXX}" "$ENV{CUDA_HOME}/bin/nvcc" "${NVCC_ON_PATH}" ${toolkits}
-          ${wheel})
+          ${NVCC_WHEEL})
     runs("${candidate}" works)
     if(works)
       set(${result} "${candidate}" PARENT_SCOPE)
