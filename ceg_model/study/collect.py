@@ -140,6 +140,10 @@ def _limits(plan: Plan, answer: dict[str, Any], ours: dict[str, str | None]) -> 
             f"{len(plan.seeds)} seeds: intervals at one scale rest on "
             f"{len(plan.seeds) - 1} degree of freedom. The mean over scales is the firmer number."
         )
+    lines.append(
+        "The evaluation set is one sample of the text, the same for all runs: its luck is not in "
+        "the intervals, which are over seeds."
+    )
     labels = {trend["class"] for trend in answer["class"].values()}
     if labels <= {"inconclusive"}:
         lines.append(

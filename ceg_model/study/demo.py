@@ -19,7 +19,7 @@ from ceg_model.study.plan import plan_named
 from ceg_model.study.report import write_report
 from ceg_model.study.runner import Summary, describe, run_study
 
-BENCH_BUDGET_S = {"nano": 60.0, "smoke": 10.0}
+BENCH_BUDGET_S = {"nano": 40.0, "smoke": 8.0}
 
 
 def run_demo(

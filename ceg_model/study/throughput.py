@@ -22,6 +22,7 @@ import torch
 from ceg_kernels import OPS, use_backend
 from ceg_model.data import TokenData
 from ceg_model.process_group import ProcessGroup
+from ceg_model.progress import ProgressFn
 from ceg_model.study.plan import Plan, Scale, backends_of, model_config
 from ceg_model.train import _Trainer, resolve_device
 from ceg_model.train_config import TrainConfig
@@ -49,7 +50,11 @@ def variants(plan: Plan, ours: Mapping[str, str | None]) -> dict[tuple[str, str]
 
 
 def measure(
-    plan: Plan, scale: Scale, ours: Mapping[str, str | None], data_dir: str | Path
+    plan: Plan,
+    scale: Scale,
+    ours: Mapping[str, str | None],
+    data_dir: str | Path,
+    progress: ProgressFn = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Times every variant of every arm at one scale."""
     data = TokenData(data_dir)
@@ -62,7 +67,7 @@ def measure(
     with ProcessGroup.joined(resolve_device(train.device)) as group:
         for key in backends:
             steppers[key] = _Trainer(key[0], train, data, group)
-        samples = _rounds(steppers, backends, plan.timing_rounds)
+        samples = _rounds(steppers, backends, plan.timing_rounds, progress)
     flops = {key: stepper.model_flops for key, stepper in steppers.items()}
     base = keys[plan.baseline, "study"]
     stock = keys[plan.baseline, "torch"]
@@ -84,7 +89,10 @@ def measure(
 
 
 def _rounds(
-    steppers: Mapping[Any, Any], backends: Mapping[Any, Backends], rounds: int
+    steppers: Mapping[Any, Any],
+    backends: Mapping[Any, Backends],
+    rounds: int,
+    progress: ProgressFn,
 ) -> dict[Any, np.ndarray]:
     order = list(steppers)
     seconds: dict[Any, list[float]] = {key: [] for key in order}
@@ -102,6 +110,7 @@ def _rounds(
                     seconds[key].append(time.perf_counter() - start)
         finally:
             gc.enable()
+        progress(r + WARM_UP + 1, rounds + WARM_UP, "timing")
     return {key: np.array(times[WARM_UP:]) for key, times in seconds.items()}
 
 

@@ -64,8 +64,6 @@ def _do(job: Job, pipe: Connection, stop: Any, deadline: float | None) -> dict[s
     from ceg_model.study import throughput
     from ceg_model.train import train
 
-    if isinstance(job, TimingJob):
-        return throughput.measure(job.plan, job.scale, job.ours, job.data_dir)
     last = 0.0
 
     def progress(done: int, total: int, text: str) -> None:
@@ -77,6 +75,8 @@ def _do(job: Job, pipe: Connection, stop: Any, deadline: float | None) -> dict[s
     def stops() -> bool:
         return stop.is_set() or (deadline is not None and time.time() > deadline)
 
+    if isinstance(job, TimingJob):
+        return throughput.measure(job.plan, job.scale, job.ours, job.data_dir, progress)
     return train(
         job.spec.model,
         job.spec.train,
