@@ -51,7 +51,8 @@ def compare(op: Op, outs: tuple[Tensor, ...], args: tuple) -> float:
     for i, (out, gold, base, fake) in enumerate(zip(outs, golds, bases, fakes, strict=True)):
         if out.shape != gold.shape or out.dtype != fake.dtype:
             return float("inf")
-        wider = i in op.fp32_reductions or out.dtype == torch.float64
+        summed = i in op.fp32_reductions and out.dtype == torch.float32
+        wider = summed or out.dtype == torch.float64
         slack = FP32_REDUCTION_SLACK if wider else op.slack
         worst = max(worst, _fraction(out, gold, base, slack))
     return worst

@@ -68,6 +68,18 @@ def executed(q, k, v, *tail):
     return cost(q, k, v, *tail).flops
 
 
+def executed_materialised(q, k, v, cu_q, cu_k, *tail):
+    """All Tq x Tk pairs, masked or not."""
+    heads, d, dv = q.shape[-2], q.shape[-1], v.shape[-1]
+    return 2 * (d + dv) * heads * _all_pairs(q, k, cu_q, cu_k, False, -1, -1)
+
+
+def executed_materialised_backward(dout, dlse, q, k, v, out, lse, *tail):
+    """All pairs, and the scores once more."""
+    forward = executed_materialised(q, k, v, *tail)
+    return 2 * forward + forward * q.shape[-1] // (q.shape[-1] + v.shape[-1])
+
+
 def executed_backward(dout, dlse, q, k, v, out, lse, *tail):
     """The scores once more: 2 D a pair."""
     forward = cost(q, k, v, *tail).flops
@@ -76,7 +88,7 @@ def executed_backward(dout, dlse, q, k, v, out, lse, *tail):
 
 # name: (B, Tq, Tk, H, H_kv, D, causal, left, right, softcap, sink, alibi dims)
 _DENSE = {
-    "one": (4, 1, 1, 4, 2, 3, False, -1, -1, 0.0, False, 0),
+    "one query": (4, 1, 2, 4, 2, 3, False, -1, -1, 0.0, False, 0),
     "causal 63": (2, 63, 63, 2, 2, 16, True, -1, -1, 0.0, False, 0),
     "causal 257": (1, 257, 257, 2, 2, 64, True, -1, -1, 0.0, False, 0),
     "full 200": (1, 200, 200, 2, 1, 64, False, -1, -1, 0.0, False, 0),
@@ -315,7 +327,7 @@ ATTENTION = Op(
     backends=(
         *native.cpu_backends(run_cpu, refuses, executed),
         Backend("torch", attention_torch.run, attention_torch.why_not),
-        Backend("reference", reference),
+        Backend("reference", reference, executed_flops=executed_materialised),
     ),
     slack=3.0,
     fp32_reductions=(1,),
@@ -345,7 +357,7 @@ ATTENTION_BACKWARD = Op(
             attention_torch.run_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: attention_torch.why_not(q, k, v, *tail),
         ),
-        Backend("reference", reference_backward),
+        Backend("reference", reference_backward, executed_flops=executed_materialised_backward),
     ),
     slack=3.0,
     fp32_reductions=(3,),

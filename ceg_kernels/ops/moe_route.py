@@ -242,6 +242,7 @@ MOE_ROUTE_BACKWARD = Op(
         Backend("torch", reference_backward),
         Backend("reference", reference_backward),
     ),
+    fp32_reductions=(0,),
 )
 
 
