@@ -1,9 +1,10 @@
 """Every op, forward and backward, on every backend, dtype and sample of its declaration.
 
-Left out, with reasons: the stock backends (`torch`, `reference`) of attention in half precision:
-they round scores or probabilities to 16 bits on the way, as eager code does, and miss the accuracy
-rule by up to 100x (log-sum-exp) and 2x (gradients); they are peers to compare with, not kernels we
-vouch for. Strides, empty and awkward sizes are samples, so they are in the grid.
+Left out, with reasons: the stock backends (`torch`, `reference`) of attention and rms_norm in half
+precision. They round scores, probabilities or x + residual to 16 bits on the way, as eager code
+does, and miss the accuracy rule by up to 1000x in the fp32 statistics and 2x in gradients; they are
+peers to compare with, not kernels we vouch for. Strides, empty and awkward sizes are samples, so
+they are in the grid.
 """
 
 import itertools
@@ -19,16 +20,19 @@ from ceg_kernels.op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-GRID = [
-    pytest.param(op, backend, dtype, device, id=f"{op.name}-{backend.name}-{dtype}-{device}")
-    for op, dtype, device in itertools.product(OPS.values(), DTYPES, DEVICES)
-    for backend in op.backends
-    if not (op.name.startswith("attention") and backend.name in ("torch", "reference")
-            and dtype.itemsize == 2)
-]  # fmt: skip
+STOCK_ROUNDS = ("attention", "attention_backward", "rms_norm")
 
 
-@pytest.mark.parametrize(("op", "backend", "dtype", "device"), GRID)
+def _grid():
+    for op, dtype, device in itertools.product(OPS.values(), DTYPES, DEVICES):
+        for backend in op.backends:
+            stock = backend.name in ("torch", "reference")
+            if not (stock and dtype.itemsize == 2 and op.name in STOCK_ROUNDS):
+                name = f"{op.name}-{backend.name}-{str(dtype)[6:]}-{device}"
+                yield pytest.param(op, backend, dtype, device, id=name)
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "device"), _grid())
 def test_accuracy(op, backend, dtype, device):
     ran = 0
     for sample in op.samples(dtype, device):
@@ -74,8 +78,9 @@ def test_fakes_promise_what_each_backend_returns(op, backend):
         with use_backend(backend):
             outs = _flat(op(*sample.args))
         for out, fake in zip(outs, _flat(op.fake(*meta)), strict=True):
-            expected = (fake.shape, fake.dtype, fake.stride())
-            assert (out.shape, out.dtype, out.stride()) == expected, sample.name
+            assert (out.shape, out.dtype) == (fake.shape, fake.dtype), sample.name
+            assert out.is_contiguous(), sample.name
+            assert fake.is_contiguous(), sample.name
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

@@ -76,7 +76,8 @@ def _shape(group: str, n: int, e: int, k: int) -> Shape:
 
 
 def run_cpu(expert_ids, num_experts, capacity, *, isa=""):
-    slots, sources = torch.empty_like(expert_ids), expert_ids.new_empty(expert_ids.numel())
+    slots = expert_ids.new_empty(expert_ids.shape)
+    sources = expert_ids.new_empty(expert_ids.numel())
     offsets = expert_ids.new_empty(num_experts + 1)
     native._C.moe_index(
         expert_ids.contiguous(), slots, sources, offsets, capacity, torch.get_num_threads(), isa
