@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ceg_kernels.measure import ROW_KEYS, Timing, bench_row, ceilings
 from ceg_kernels.measure.plot import peak, roofline_figure
@@ -22,7 +23,10 @@ ONE = ("-k", "rms_norm-fwd-quick and float32", "-q")
 
 
 def run(*arguments, cache=None):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)} if cache else None
+    # One thread, so that other processes that take a core away do not stall a pool of two.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if cache is not None:
+        environment["XDG_CACHE_HOME"] = str(cache)
     return subprocess.run(
         [sys.executable, "-m", "pytest", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
@@ -33,6 +37,7 @@ def run(*arguments, cache=None):
 def known_roofs(tmp_path, monkeypatch):
     """A cache that holds roofs, so that no test waits for measuring them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as in `run`
     ceilings._store(ceilings.cache_path(), ROOFS, seconds=10.0)
     return tmp_path
 
