@@ -128,6 +128,21 @@ def test_null_intervals_cover_what_they_say():
     assert covered / draws == pytest.approx(0.95, abs=0.015)
 
 
+def test_pooled_and_slope_intervals_cover_what_they_say():
+    """2 seeds at 3 scales, as in the nano study; normal noise, equal at all scales."""
+    rng = np.random.default_rng(7)
+    x = [np.full(2, v) for v in np.log([1e12, 4e12, 1.3e13])]
+    pooled = slopes = 0
+    for _ in range(2000):
+        groups = [rng.normal(0.3, 0.05, 2) for _ in x]
+        interval = stats.pooled_interval(groups)
+        pooled += interval.low <= 0.3 <= interval.high
+        trend = stats.classify(list(zip(x, groups, strict=True)))
+        slopes += trend.low <= 0 <= trend.high
+    assert pooled / 2000 == pytest.approx(0.95, abs=0.015)
+    assert slopes / 2000 == pytest.approx(0.95, abs=0.015)
+
+
 def test_aa_gate_states_the_detection_limit():
     runs = [
         r
@@ -271,6 +286,13 @@ def test_mfu_above_one_is_refused():
     out = estimate(shifted(2.0), Options(peak_flops=1.2e12))["arms"]["arm"]
     assert out["status"] == "refused"
     assert "MFU 1.08 > 1" in out["reasons"][0]
+    executed = [
+        make_curve(r.key, r.flops, r.loss, seconds=r.seconds, executed_flops=1.5 * r.flops)
+        for r in shifted(2.0)
+    ]
+    assert estimate(executed)["arms"]["arm"]["executed_over_model"] == pytest.approx(1.5)
+    out = estimate(executed, Options(peak_flops=1.8e12))["arms"]["arm"]
+    assert out["status"] == "refused"
     with pytest.raises(ValueError, match=r"H100 SXM and H200 with sparsity; dense is 9\.895e"):
         estimate(shifted(2.0), Options(peak_flops=1979e12))
 

@@ -46,7 +46,8 @@ def collect(folder: str | Path) -> dict[str, Any]:
     if not any(c.key.arm == plan.baseline for c in curves):
         raise ValueError(f"{folder} must hold a finished run of the baseline, got none yet")
     timings = {s.name: t for s in plan.scales if (t := store.throughput(s.name)) is not None}
-    answer = estimate(curves, _options(plan, timings))
+    roofs = read_json(store.folder / ROOFS)
+    answer = estimate(curves, _options(plan, timings, roofs))
     _mark_other_kernels(answer, study["ours"])
     done = sum(r["status"] == "done" for r in index.values())
     return {
@@ -61,14 +62,16 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "throughput": timings,
         "curves": [_curve(c) for c in curves],
         "bench": (read_json(store.folder / BENCH) or {}).get("rows", []),
-        "roofs": read_json(store.folder / ROOFS),
+        "roofs": roofs,
         "limits": _limits(plan, answer, study["ours"]),
         "provenance": _provenance(plan, study, data, curves),
     }
 
 
-def _options(plan: Plan, timings: dict[str, Any]) -> Options:
+def _options(plan: Plan, timings: dict[str, Any], roofs: dict[str, Any] | None) -> Options:
+    dtype = plan.train.get("dtype", "auto")
     return Options(
+        peak_flops=(roofs or {}).get("flops", {}).get(dtype),
         baseline=plan.baseline,
         same_maths=frozenset(a for a in plan.arms[1:] if is_same_maths(a)),
         bundles={a: INNOVATIONS[a].parts for a in plan.arms if INNOVATIONS[a].parts},

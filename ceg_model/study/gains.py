@@ -30,6 +30,7 @@ class Result:
     c_variant: float | None = None
     bound: float | None = None
     bound_side: str | None = None
+    executed_over_model: float | None = None  # HFU / MFU: recomputation and padding
     flags: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -61,6 +62,7 @@ class Result:
             "c_variant": self.c_variant,
             "bound": self.bound,
             "bound_side": self.bound_side,
+            "executed_over_model": self.executed_over_model,
             "seeds": int(self.logs.size),
             "flags": list(dict.fromkeys(self.flags)),
             "reasons": list(dict.fromkeys(self.reasons)),
@@ -89,6 +91,12 @@ def compare(cell: Cell, arm: str, options: Options) -> Result:
         result.flags.append("no_ci")
     if any(variant[s].loss.size < 2 for s in seeds):
         return result.refuse(f"{arm} needs at least 2 evaluations")
+    executed = [
+        float(c.executed_flops[-1] / c.flops[-1])
+        for c in (variant[s] for s in seeds)
+        if c.executed_flops is not None
+    ]
+    result.executed_over_model = float(np.mean(executed)) if executed else None
     assert cell.target is not None
     pairs = [(base[s], variant[s]) for s in seeds]
     hardware = None

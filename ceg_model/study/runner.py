@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -91,7 +92,8 @@ def run_study(
         store.begin(_plain(study))
         specs = planned(plan, ours, data)
         deadline = None if budget_minutes is None else time.time() + 60 * budget_minutes
-        pool = _Pool(plan, store, specs, deadline=deadline, progress=progress, note=note)
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        pool = _Pool(plan, store, specs, gpus=gpus, deadline=deadline, progress=progress, note=note)
         pool.enqueue(ours, str(data_dir))
         return pool.run()
 
@@ -113,11 +115,12 @@ class _Pool:
         store: Store,
         specs: list[tuple[str, RunSpec]],
         *,
+        gpus: int,
         deadline: float | None,
         progress: ProgressFn,
         note: Callable[[str], None],
     ):
-        self.plan, self.store, self.specs = plan, store, specs
+        self.plan, self.store, self.specs, self.gpus = plan, store, specs, gpus
         self.deadline, self.progress, self.note = deadline, progress, note
         self.context = multiprocessing.get_context("spawn")
         self.stop = self.context.Event()
@@ -151,8 +154,11 @@ class _Pool:
         if not self.queue:
             return self.summary
         try:
-            for _ in range(min(self.plan.workers, len(self.queue))):
-                self.workers.append(self._start())
+            # One process for each GPU; on a CPU as many as the plan says and the cores allow.
+            cores = len(os.sched_getaffinity(0)) // self.plan.threads
+            count = self.gpus or max(1, min(self.plan.workers, cores))
+            for place in range(min(count, len(self.queue))):
+                self.workers.append(self._start(place))
             while self.queue or any(w.job for w in self.workers):
                 self._assign()
                 self._listen()
@@ -163,9 +169,10 @@ class _Pool:
             self._end()
         return self.summary
 
-    def _start(self) -> _Worker:
+    def _start(self, place: int) -> _Worker:
         ours, theirs = self.context.Pipe()
-        arguments = (theirs, self.stop, self.plan.threads, self.deadline)
+        gpu = place if self.gpus else None
+        arguments = (theirs, self.stop, self.plan.threads, self.deadline, gpu)
         process = self.context.Process(target=work, args=arguments, daemon=True)
         process.start()
         theirs.close()  # so that its death ends our side of the pipe
@@ -235,8 +242,8 @@ class _Pool:
         """A worker died (killed, out of memory, or a bug whose traceback it printed)."""
         worker.process.join()
         code = worker.process.exitcode
-        fresh = self._start()
-        self.workers[self.workers.index(worker)] = fresh
+        place = self.workers.index(worker)
+        self.workers[place] = fresh = self._start(place)
         fresh.job = worker.job
         self._failed(fresh, f"its process ended with status {code}")
 

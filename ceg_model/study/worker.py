@@ -38,9 +38,13 @@ class TimingJob:
 Job = TrainJob | TimingJob
 
 
-def work(pipe: Connection, stop: Any, threads: int, deadline: float | None) -> None:
+def work(
+    pipe: Connection, stop: Any, threads: int, deadline: float | None, gpu: int | None
+) -> None:
     """Messages sent: ("step", done, total, text), ("done", result), ("failed", reason)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # before torch looks for GPUs
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     import torch
 
