@@ -13,8 +13,9 @@ namespace ceg {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-// Rows of one query task: enough to hide the packing of a key block (2% at 384, D = 64).
-constexpr int64_t kMaxTaskRows = 384;
+// A query task packs each key block once (0.6 ns an item, 8% of the work of 384 rows at D = 64), so it
+// takes as many rows as leave room in a thread's 1 MiB of scratch.
+constexpr int64_t kTaskBytes = int64_t{640} << 10;
 
 using Optional = std::optional<Tensor>;
 
@@ -201,7 +202,9 @@ std::vector<AttentionTask> make_tasks(const AttentionProblem& p, bool of_queries
 
 // Queries per task: as many as pay for packing the keys, but enough tasks for all threads.
 int64_t queries_per_task(const AttentionProblem& p, int threads) {
-  int64_t queries = std::max<int64_t>(1, kMaxTaskRows / p.group());
+  const int64_t row_bytes = 4 * (p.head_dim + p.value_dim);
+  int64_t queries = std::max<int64_t>(1, kTaskBytes / row_bytes / p.group());
+  queries = std::min(queries, std::max<int64_t>(1, p.max_q));
   const int64_t least = std::max<int64_t>(1, 48 / p.group());
   const auto tasks = [&] {
     return p.batch * p.kv_heads * ((p.max_q + queries - 1) / queries);
