@@ -1,8 +1,9 @@
 """Roofline figures of benchmark rows (needs matplotlib, which the `study` extra installs).
 
 One panel per dtype: intensity against FLOP/s, both logarithmic, the roofs as lines. Colour is the
-op, marker the backend; the palette (Okabe and Ito) can be told apart by colour-blind readers. The
-roofs are those that the rows were computed with, recovered from their `roof_fraction`.
+op, marker the backend, hollow the backward; the palette (Okabe and Ito) can be told apart by
+colour-blind readers. The roofs are those that the rows were computed with, recovered from their
+`roof_fraction`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "torch": "^", "reference": "x"}
+MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "torch": "^", "reference": "s"}
 _DTYPE_ORDER = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -33,7 +34,7 @@ def roofline_figure(rows: Sequence[Row], *, directions: Sequence[str] = ("fwd", 
     if not drawn:
         raise ValueError(f"rows must hold a timed op that computes, got {len(rows)} without one")
     dtypes = [name for name in _DTYPE_ORDER if any(row["dtype"] == name for row in drawn)]
-    ops = sorted({f"{row['op']} {row['direction']}" for row in drawn})
+    ops = sorted({row["op"] for row in drawn})
     colours = {op: COLOURS[i % len(COLOURS)] for i, op in enumerate(ops)}
     figure = Figure(figsize=(1.5 + 5.0 * len(dtypes), 5.6), layout="constrained")
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
@@ -41,9 +42,10 @@ def roofline_figure(rows: Sequence[Row], *, directions: Sequence[str] = ("fwd", 
         here = [row for row in drawn if row["dtype"] == dtype]
         _draw_roofs(panel, here, bandwidth=_bandwidth(rows))
         for row in here:
-            marker = MARKERS.get(row["backend"], "s")
-            colour = colours[f"{row['op']} {row['direction']}"]
-            panel.plot(row["intensity"], row["gflops"], marker, color=colour, markersize=7)
+            marker = MARKERS.get(row["backend"], "P")
+            colour = colours[row["op"]]
+            fill = colour if row["direction"] == "fwd" else "none"
+            panel.plot(row["intensity"], row["gflops"], marker, color=colour, markerfacecolor=fill)
         panel.set(xscale="log", yscale="log", title=dtype, xlabel="FLOP per byte")
         panel.xaxis.set_minor_formatter("")
         panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
@@ -91,11 +93,15 @@ def _draw_roofs(panel: Axes, rows: Sequence[Row], bandwidth: float | None) -> No
 def _legend(figure: Figure, colours: dict[str, str], backends: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=c, marker="s", ls="", label=op) for op, c in colours.items()]
+    handles = [Line2D([], [], color=c, lw=4, label=op) for op, c in colours.items()]
     handles += [
-        Line2D([], [], color="#444444", marker=MARKERS.get(name, "s"), ls="", label=name)
+        Line2D([], [], color="#444444", marker=MARKERS.get(name, "P"), ls="", label=name)
         for name in backends
     ]
+    handles.append(
+        Line2D([], [], color="#444444", marker="o", markerfacecolor="none", ls="",
+               label="hollow: backward")
+    )  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
 
 
