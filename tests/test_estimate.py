@@ -328,6 +328,17 @@ def test_interaction_of_a_bundle():
     assert out["ratio"] == pytest.approx(2.4 / (2.0 * 1.5), rel=2e-3)
 
 
+def test_seeds_that_do_not_match_are_paired_in_order_and_flagged():
+    runs = shifted(2.0)
+    moved = [
+        make_curve(Key("arm", "", f"x{r.key.seed}"), r.flops, r.loss, lr=r.lr) for r in runs[2:]
+    ]
+    out = estimate([*runs[:2], *moved])["arms"]["arm"]
+    assert out["g_alg"] == pytest.approx(2.0, rel=2e-3)
+    assert out["seeds"] == ["0/x0", "1/x1"]
+    assert "unpaired" in out["flags"]
+
+
 def test_slope_mode():
     out = estimate(shifted(1.1), Options(mode="slope"))["arms"]["arm"]
     assert out["g_alg"] == pytest.approx(1.1, rel=5e-3)

@@ -167,10 +167,9 @@ def _interactions(results: dict[str, dict[str, Result]], options: Options) -> di
         for name, whole in results[bundle].items():
             pieces = [results[p].get(name) for p in needed]
             rows = [whole, *(p for p in pieces if p is not None)]
-            if len(rows) <= len(needed) or any(r.status != "ok" for r in rows):
+            unequal = len({r.seeds for r in rows}) > 1
+            if len(rows) <= len(needed) or unequal or any(r.status != "ok" for r in rows):
                 scales[name] = {"interaction": None, "ratio": None, "ci": None}
-                continue
-            if len({r.logs.size for r in rows}) > 1:
                 continue
             d = whole.logs - sum(p.logs for p in rows[1:])
             interval = stats.paired_interval(d)

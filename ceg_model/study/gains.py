@@ -20,6 +20,7 @@ class Result:
     """What is known of one arm in one cell. Logs are per seed, paired with the baseline's."""
 
     status: str = "ok"
+    seeds: tuple[str, ...] = ()
     logs: np.ndarray = field(default_factory=lambda: np.zeros(0))
     log_base: np.ndarray = field(default_factory=lambda: np.zeros(0))
     log_time: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -63,7 +64,7 @@ class Result:
             "bound": self.bound,
             "bound_side": self.bound_side,
             "executed_over_model": self.executed_over_model,
-            "seeds": int(self.logs.size),
+            "seeds": list(self.seeds),
             "flags": list(dict.fromkeys(self.flags)),
             "reasons": list(dict.fromkeys(self.reasons)),
         }
@@ -78,27 +79,16 @@ def compare(cell: Cell, arm: str, options: Options) -> Result:
     reasons = [*cell.refusals, *(r for c in variant.values() for r in distrust(c, options))]
     if reasons:
         return result.refuse(*reasons)
-    seeds = [seed for seed in base if seed in variant]
-    if not seeds:
-        return result.refuse(
-            f"no seed of {arm} ({', '.join(variant)}) is one of {options.baseline}'s "
-            f"({', '.join(base)}): runs are compared seed by seed"
-        )
-    differing = [r for s in seeds if (r := disagreement(base[s], variant[s]))]
+    pairs = _pairs(base, variant, result)
+    differing = [r for b, v in pairs if (r := disagreement(b, v))]
     if differing:
         return result.refuse(*differing)
-    if len(seeds) == 1:
+    if len(pairs) == 1:
         result.flags.append("no_ci")
-    if any(variant[s].loss.size < 2 for s in seeds):
+    if any(v.loss.size < 2 for _, v in pairs):
         return result.refuse(f"{arm} needs at least 2 evaluations")
-    executed = [
-        float(c.executed_flops[-1] / c.flops[-1])
-        for c in (variant[s] for s in seeds)
-        if c.executed_flops is not None
-    ]
-    result.executed_over_model = float(np.mean(executed)) if executed else None
+    result.executed_over_model = _executed_over_model([v for _, v in pairs])
     assert cell.target is not None
-    pairs = [(base[s], variant[s]) for s in seeds]
     hardware = None
     if options.hardware is not None:
         hardware = options.hardware.get(cell.name, {}).get(arm)
@@ -106,6 +96,26 @@ def compare(cell: Cell, arm: str, options: Options) -> Result:
         return _local_slope(result, pairs, hardware)
     crossings = [(cross(b, cell.target), cross(v, cell.target)) for b, v in pairs]
     return _judge(result, pairs, crossings, target=cell.target, hardware=hardware)
+
+
+def _pairs(
+    base: dict[str, Curve], variant: dict[str, Curve], result: Result
+) -> list[tuple[Curve, Curve]]:
+    """Runs of equal seed. Where no seed is shared, in the order given: independent samples may be
+    paired at will, the t interval holds and is only wider than it need be.
+    """
+    result.seeds = tuple(seed for seed in base if seed in variant)
+    if result.seeds:
+        return [(base[seed], variant[seed]) for seed in result.seeds]
+    result.flags.append("unpaired")
+    pairs = list(zip(base.values(), variant.values(), strict=False))
+    result.seeds = tuple(f"{b.key.seed}/{v.key.seed}" for b, v in pairs)
+    return pairs
+
+
+def _executed_over_model(curves: list[Curve]) -> float | None:
+    ratios = [c.executed_flops[-1] / c.flops[-1] for c in curves if c.executed_flops is not None]
+    return float(np.mean(ratios)) if ratios else None
 
 
 def _judge(

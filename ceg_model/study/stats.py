@@ -51,18 +51,6 @@ def paired_interval(differences: Sequence[float] | Array, level: float = LEVEL) 
     return _interval(float(d.mean()), se, d.size - 1, "paired t over seeds", level)
 
 
-def welch_interval(base: Array, variant: Array, level: float = LEVEL) -> Interval | None:
-    """For seeds that do not pair: mean(base) - mean(variant) by Welch; None for a single run."""
-    if base.size < 2 or variant.size < 2:
-        return None
-    va, vb = base.var(ddof=1) / base.size, variant.var(ddof=1) / variant.size
-    mean = float(base.mean() - variant.mean())
-    if va + vb == 0:
-        return Interval(mean, mean, mean, base.size + variant.size - 2, "Welch over seeds")
-    df = (va + vb) ** 2 / (va**2 / (base.size - 1) + vb**2 / (variant.size - 1))
-    return _interval(mean, float(np.sqrt(va + vb)), float(df), "Welch over seeds", level)
-
-
 def pooled_interval(groups: Sequence[Array], level: float = LEVEL) -> Interval | None:
     """The mean over groups (scales) of paired differences, variance pooled within the groups.
 

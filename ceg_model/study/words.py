@@ -19,6 +19,7 @@ FLAGS = {
     "schedule_confounded": "The learning rate was not constant at the crossing, which moves it.",
     "schedule_unknown": "The learning rate was not given, so a decaying one cannot be excluded.",
     "time_inferred": "The time gain is computed from G_alg and G_hw, not measured.",
+    "unpaired": "The arms share no seed: the interval is wider than with shared seeds.",
     "untuned": "One learning rate for every arm and scale: an arm that wants another is misjudged.",
 }
 
