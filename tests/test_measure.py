@@ -210,7 +210,7 @@ def test_roofs_of_a_busy_machine_are_not_kept(own_cache, monkeypatch):
     assert not list(own_cache.rglob("*.json"))
 
 
-@pytest.mark.parametrize("content", ['{"format": 1', '{"format": 0}', "[]"])
+@pytest.mark.parametrize("content", ['{"format": 2', '{"format": 1}', "[]"])
 def test_a_broken_cache_is_measured_again(own_cache, made_up, content):
     path = ceilings.cache_path()
     path.parent.mkdir(parents=True)

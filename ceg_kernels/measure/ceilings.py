@@ -30,7 +30,7 @@ from ceg_kernels.measure.clock import time_interleaved
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 _QUIET_SHARE = 0.9
-_FORMAT = 1  # of the cached file; a file of another format is measured again
+_FORMAT = 2  # of the cached file; a file of another format is measured again
 
 
 @dataclasses.dataclass(frozen=True)
