@@ -131,7 +131,7 @@ def test_every_plot_is_there_and_follows_the_theme(page):
 
 
 def test_numbers_and_words_are_in_the_page(page):
-    assert "worth 3.3" in page
+    assert re.search(r"LN \+ RoPE \+ FA: worth 3\.\d\d× the compute \(3\.\d\d to", page)
     assert "1 by construction, and measured so" in page
     assert "≤" in page  # MQA never reaches the target
     assert "LayerNorm &lt;b&gt;" in page
@@ -172,6 +172,13 @@ def test_incomplete_and_refused_study_renders():
     assert "This study is not complete" in page
     assert "loss is nan" in page
     assert "no number, because" in page
+
+
+def test_an_interval_that_holds_1_is_no_gain():
+    curves = synthetic(arms={"baseline": (1.0, 1.0), "rope": (1.002, 1.0)}, noise=0.004)
+    sentence = words.verdict("RoPE", curves["estimate"]["arms"]["rope"])
+    assert "no gain or loss in compute shown: 1.0" in sentence
+    assert "as many model FLOPs a second at scale L" in sentence
 
 
 def test_number_words():

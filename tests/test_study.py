@@ -40,6 +40,7 @@ PLAN = Plan(
         "eval_batches": 2, "checkpoint_every": 10,
     },
     timing_rounds=3,
+    timing_seconds=0.1,
     workers=2,
 )  # fmt: skip
 OTHER = (

@@ -161,6 +161,10 @@ def _limits(plan: Plan, answer: dict[str, Any], ours: dict[str, str | None]) -> 
         "Arms of kind “algorithm” run on the plain reference formulas, like the baseline, so their "
         "G_hw tells what the change costs there, not what it costs with fused kernels."
     )
+    lines.append(
+        "The reference attention writes every intermediate to memory and computes the scores anew "
+        "in the backward pass. It is the paper's question; G_hw against torch is what a user gains."
+    )
     missing = sorted({op for a in plan.arms for op in kernel_ops(a) if ours.get(op) is None})
     if missing:
         lines.append(f"Our kernel for {', '.join(missing)} is not built here; stock torch ran.")

@@ -31,7 +31,8 @@ class Plan:
     seeds: tuple[int, ...]
     train: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = False  # learning rate swept per arm and scale
-    timing_rounds: int = 12  # rounds of the throughput benchmark, a step of every arm in each
+    timing_rounds: int = 12  # of the throughput benchmark at least, a step of every arm in each
+    timing_seconds: float = 10.0  # more rounds until this long
     workers: int = 2
     threads: int = 1  # of each worker
     note: str = ""
@@ -167,6 +168,7 @@ PLANS = {
             seeds=(0, 1),
             train={**_TRAIN, "eval_every": 3, "log_every": 3, "eval_batches": 2},
             timing_rounds=5,
+            timing_seconds=1.0,
             note="proves that everything runs; its numbers mean nothing",
         ),
     )

@@ -28,7 +28,7 @@ from ceg_model.train import _Trainer, resolve_device
 from ceg_model.train_config import TrainConfig
 
 KINDS = ("study", "reference", "torch", "ours")
-WARM_UP = 2
+WARM_UP, MAX_ROUNDS = 2, 200
 
 Backends = dict[str, str] | None
 
@@ -67,7 +67,7 @@ def measure(
     with ProcessGroup.joined(resolve_device(train.device)) as group:
         for key in backends:
             steppers[key] = _Trainer(key[0], train, data, group)
-        samples = _rounds(steppers, backends, plan.timing_rounds, progress)
+        samples = _rounds(steppers, backends, plan, progress)
     flops = {key: stepper.model_flops for key, stepper in steppers.items()}
     base = keys[plan.baseline, "study"]
     stock = keys[plan.baseline, "torch"]
@@ -82,7 +82,7 @@ def measure(
         }
     return {
         "scale": scale.name,
-        "rounds": plan.timing_rounds,
+        "rounds": len(samples[base]),
         "threads": torch.get_num_threads(),
         "arms": arms,
     }
@@ -91,12 +91,15 @@ def measure(
 def _rounds(
     steppers: Mapping[Any, Any],
     backends: Mapping[Any, Backends],
-    rounds: int,
+    plan: Plan,
     progress: ProgressFn,
 ) -> dict[Any, np.ndarray]:
     order = list(steppers)
     seconds: dict[Any, list[float]] = {key: [] for key in order}
-    for r in range(-WARM_UP, rounds):
+    begun = time.monotonic()
+    for r in range(-WARM_UP, MAX_ROUNDS):
+        if r >= plan.timing_rounds and time.monotonic() - begun > plan.timing_seconds:
+            break
         # A collection takes as long as a step here and would land in some sample.
         gc.collect()
         gc.disable()
@@ -110,7 +113,8 @@ def _rounds(
                     seconds[key].append(time.perf_counter() - start)
         finally:
             gc.enable()
-        progress(r + WARM_UP + 1, rounds + WARM_UP, "timing")
+        share = min((time.monotonic() - begun) / plan.timing_seconds, (r + 1) / plan.timing_rounds)
+        progress(round(100 * min(max(share, 0.0), 1.0)), 100, "timing")
     return {key: np.array(times[WARM_UP:]) for key, times in seconds.items()}
 
 

@@ -72,27 +72,36 @@ def flag(name: str) -> str:
 
 
 def verdict(title: str, answer: dict[str, Any]) -> str:
-    """One sentence on one arm: algorithm first, then hardware, then what neither can say."""
-    hardware = ""
-    g_hw = answer.get("g_hw")
-    if g_hw is not None:
-        if g_hw >= 1.01:
-            hardware = f" and does {gain(g_hw)} the model FLOPs a second"
-        elif g_hw <= 0.99:
-            hardware = f" and does only {gain(g_hw)} the model FLOPs a second"
-        else:
-            hardware = " at the same FLOPs a second"
-    where = f"at scale {answer['scale']}, " if answer.get("scale") else ""
+    """One sentence on one arm: algorithm first, then hardware; an interval that holds 1 says so."""
+    hardware = _hardware(answer.get("g_hw"), answer.get("scale"))
     same = answer.get("equivalence")
     if same is not None:
         if same["passed"]:
-            return f"{title}: {where}the same loss for the same FLOPs, measured{hardware}."
+            return f"{title}: the same loss for the same FLOPs, measured; {hardware}."
         if same["passed"] is None:
-            return f"{title}: the same maths (not tested: one seed){hardware}."
-        return f"{title}: the same maths, but its curves were not shown to be equal{hardware}."
+            return f"{title}: the same maths (not tested: one seed); {hardware}."
+        return f"{title}: the same maths, but its curves were not shown to be equal; {hardware}."
     if answer["status"] == "refused":
         return f"{title}: no number, because {'; '.join(answer['reasons'])}."
+    where = f" at scale {answer['scale']}" if answer.get("scale") else ""
     if answer["status"] == "censored":
         side = "at most" if answer["bound_side"] == "upper" else "at least"
-        return f"{title}: {where}{side} {gain(answer['bound'])} in compute{hardware}."
-    return f"{title}: {where}worth {gain(answer['g_alg'])} the compute{hardware}."
+        return f"{title}: worth {side} {gain(answer['bound'])} in compute{where}; {hardware}."
+    value, pair = answer["g_alg"], answer["ci"]
+    mean = answer.get("mean_over_scales")
+    if mean and mean["scales"] > 1:
+        value, pair, where = mean["g_alg"], mean["ci"], f" as the mean of {mean['scales']} scales"
+    spread = f" ({interval(pair)})" if pair else " (one seed, no interval)"
+    worth = f"worth {gain(value)} the compute{spread}{where}"
+    if pair and pair[0] <= 1 <= pair[1]:
+        worth = f"no gain or loss in compute shown: {gain(value)}{spread}{where}"
+    return f"{title}: {worth}; {hardware}."
+
+
+def _hardware(g_hw: float | None, scale: str | None) -> str:
+    if g_hw is None:
+        return "its speed is not known"
+    where = f" at scale {scale}" if scale else ""
+    if 0.99 < g_hw < 1.01:
+        return f"as many model FLOPs a second{where}"
+    return f"{gain(g_hw)} the model FLOPs a second{where}"
