@@ -5,8 +5,9 @@
 
 base is the best rounding that fp32 maths can give, so the rule asks for "as good as the formula in
 fp32, within a factor" and needs no number per op, size or dtype. The half ulp is for outputs where
-base happens to be exact. fp64 outputs (they exist for gradcheck) are held to the same rule with the
-error of base scaled from fp32's precision to fp64's: an estimate, hence the wider slack of sums.
+base happens to be exact. fp64 outputs exist for gradcheck, which sees 1e-7; they are held to the same
+rule with the error of base scaled from fp32's precision to fp64's, and a slack of their own, since
+that scaling is an estimate and the kernels' fp64 exponentials are good to some ulp only.
 Integer outputs must be equal; NaN and infinities must stand where gold has them.
 """
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from ceg_kernels.op import Backend, Op
 
-FP32_REDUCTION_SLACK = 4.0  # long sums kept unrounded: the order of summation differs
+FP32_REDUCTION_SLACK = 4.0  # long sums kept in fp32: the order of summation differs
+FP64_SLACK = 16.0
 
 
 def promote(args: tuple, dtype: torch.dtype) -> tuple:
@@ -51,9 +53,11 @@ def compare(op: Op, outs: tuple[Tensor, ...], args: tuple) -> float:
     for i, (out, gold, base, fake) in enumerate(zip(outs, golds, bases, fakes, strict=True)):
         if out.shape != gold.shape or out.dtype != fake.dtype:
             return float("inf")
-        summed = i in op.fp32_reductions and out.dtype == torch.float32
-        wider = summed or out.dtype == torch.float64
-        slack = FP32_REDUCTION_SLACK if wider else op.slack
+        slack = op.slack
+        if out.dtype == torch.float64:
+            slack = FP64_SLACK
+        elif i in op.fp32_reductions and out.dtype == torch.float32:
+            slack = FP32_REDUCTION_SLACK
         worst = max(worst, _fraction(out, gold, base, slack))
     return worst
 

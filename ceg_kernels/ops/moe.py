@@ -103,7 +103,8 @@ def _shape(group: str, n: int, e: int, k: int, d: int) -> dict[str, Shape]:
 
     def index(dtype, device):
         slots, sources, _ = moe_index.reference(moe_index.random_ids(n, e, k, device), e, -1)
-        return arguments.maker(dtype, device), slots, sources, torch.rand(n, k, device=device)
+        make = arguments.maker(dtype, device)
+        return make, slots, sources, make(n, k).float()
 
     def dispatch(dtype, device):
         make, slots, sources, _ = index(dtype, device)

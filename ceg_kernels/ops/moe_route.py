@@ -123,7 +123,8 @@ def _shape_backward(forward: Shape) -> Shape:
     def args(dtype, device):
         logits, bias, top_k, score, renormalize = forward.make(dtype, device)
         weights, ids, _ = reference(logits, bias, top_k, score, renormalize)
-        return torch.randn_like(weights), logits, ids, score, renormalize
+        dweights = arguments.maker(dtype, device)(*weights.shape).to(weights.dtype)
+        return dweights, logits, ids, score, renormalize
 
     return Shape(forward.group, args)
 

@@ -106,7 +106,8 @@ def _shape(group: str, rows: int, size: int, residual: bool = False) -> Shape:
 def _shape_backward(forward: Shape) -> Shape:
     def args(dtype, device):
         x, weight, _, eps, offset = forward.make(dtype, device)
-        return torch.randn_like(x), None, x, weight, reference(x, None, None, eps, 0)[2], offset
+        dy = arguments.maker(dtype, device)(*x.shape)
+        return dy, None, x, weight, reference(x, None, None, eps, 0)[2], offset
 
     return Shape(forward.group, args)
 
