@@ -85,13 +85,13 @@ inline Vec<float> widen(Half bits, f16) {
 #elif defined(__F16C__) && defined(__AVX2__)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
 #else
-  // Exponent and mantissa moved into place, then rescaled by 2^112: denormals come out exact.
+  // By integers throughout: arithmetic on fp32 denormals would lose fp16's where they are off.
   const Vec<uint32_t> u = __builtin_convertvector(bits, Vec<uint32_t>);
   const Vec<uint32_t> magnitude = (u & 0x7fffu) << 13;
-  const auto scaled = reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f;
-  const Vec<uint32_t> special = magnitude | 0x7f800000u;  // inf and NaN keep their mantissa
-  const Vec<uint32_t> value =
-      (u & 0x7c00u) == 0x7c00u ? special : reinterpret_cast<Vec<uint32_t>>(scaled);
+  const Vec<float> tiny = __builtin_convertvector(u & 0x3ffu, Vec<float>) * 0x1p-24f;
+  Vec<uint32_t> value = magnitude + 0x38000000u;
+  value = (u & 0x7c00u) == 0 ? reinterpret_cast<Vec<uint32_t>>(tiny) : value;
+  value = (u & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : value;
   return reinterpret_cast<Vec<float>>(value | ((u & 0x8000u) << 16));
 #endif
 }
