@@ -5,9 +5,9 @@
 
 base is the best rounding that fp32 maths can give, so the rule asks for "as good as the formula in
 fp32, within a factor" and needs no number per op, size or dtype. The half ulp is for outputs where
-base happens to be exact. fp64 outputs exist for gradcheck, which sees 1e-7; they are held to the same
-rule with the error of base scaled from fp32's precision to fp64's, and a slack of their own, since
-that scaling is an estimate and the kernels' fp64 exponentials are good to some ulp only.
+base happens to be exact. fp64 outputs exist for gradcheck, which sees 1e-7; they are held to the
+same rule with the error of base scaled from fp32's precision to fp64's, and a slack of their own,
+since that scaling is an estimate and the kernels' fp64 exponentials are good to some ulp only.
 Integer outputs must be equal; NaN and infinities must stand where gold has them.
 """
 
