@@ -34,9 +34,11 @@ def run_demo(
     folder, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    _stage(folder / ROOFS, "1/5 roofs of this machine", lambda: _roofs(device, smoke), say)
+    roofs = _stage(folder / ROOFS, "1/5 roofs of this machine", lambda: _roofs(device, smoke), say)
     budget = BENCH_BUDGET_S[plan.name]
-    _stage(folder / BENCH, "2/5 bench of every op", lambda: _bench(device, budget, smoke), say)
+    _stage(
+        folder / BENCH, "2/5 bench of every op", lambda: _bench(device, budget, roofs, smoke), say
+    )
     say("3/5 data")
     with Progress("data") as progress:
         data.prepare(data.Request(), data_dir, progress)
@@ -52,12 +54,16 @@ def run_demo(
     return summary
 
 
-def _stage(path: Path, title: str, make: Callable[[], dict[str, Any]], say: Callable) -> None:
-    if read_json(path) is not None:
+def _stage(
+    path: Path, title: str, make: Callable[[], dict[str, Any]], say: Callable[[str], None]
+) -> dict[str, Any]:
+    if (known := read_json(path)) is not None:
         say(f"{title}: done before")
-        return
+        return known
     say(title)
-    write_json(path, make())
+    content = make()
+    write_json(path, content)
+    return content
 
 
 def _roofs(device: str, smoke: bool) -> dict[str, Any]:
@@ -66,14 +72,15 @@ def _roofs(device: str, smoke: bool) -> dict[str, Any]:
     return dataclasses.asdict(measure(device, seconds=0.05 if smoke else 0.2))
 
 
-def _bench(device: str, budget_s: float, smoke: bool) -> dict[str, Any]:
-    from ceg_kernels.measure import quick_bench
+def _bench(device: str, budget_s: float, roofs: dict[str, Any], smoke: bool) -> dict[str, Any]:
+    from ceg_kernels.measure import Roofs, quick_bench
 
     with Progress("bench") as progress:
         rows = quick_bench(
             device,
             budget_s=budget_s,
             smoke=smoke,
+            roofs=Roofs(**roofs),
             progress=lambda case, done, total: progress(done, total, str(case)),
         )
     return {"rows": [dict(row) for row in rows]}
