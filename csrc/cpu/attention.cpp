@@ -13,8 +13,8 @@ namespace ceg {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-// A query task packs each key block once (0.6 ns an item, 8% of the work of 384 rows at D = 64), so it
-// takes as many rows as leave room in a thread's 1 MiB of scratch.
+// A query task packs each key block once (0.6 ns an item, 8% of the work of 384 rows at D = 64), so
+// it takes as many rows as leave room in a thread's 1 MiB of scratch.
 constexpr int64_t kTaskBytes = int64_t{640} << 10;
 
 using Optional = std::optional<Tensor>;
@@ -206,24 +206,32 @@ int64_t queries_per_task(const AttentionProblem& p, int threads) {
   int64_t queries = std::max<int64_t>(1, kTaskBytes / row_bytes / p.group());
   queries = std::min(queries, std::max<int64_t>(1, p.max_q));
   const int64_t least = std::max<int64_t>(1, 48 / p.group());
-  const auto tasks = [&] {
-    return p.batch * p.kv_heads * ((p.max_q + queries - 1) / queries);
-  };
+  const auto tasks = [&] { return p.batch * p.kv_heads * ((p.max_q + queries - 1) / queries); };
   while (threads > 1 && queries > least && tasks() < 8 * threads) queries = (queries + 1) / 2;
   return queries;
 }
 
 }  // namespace
 
-void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                   int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
-                   const Optional& sink, const Tensor& out, const Tensor& lse,
-                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                   double softcap, int threads, const std::string& isa) {
-  const Inputs in = {q,            k,    v,      cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                     max_seqlen_k, alibi_slopes, sink,         softmax_scale, causal,
-                     window_left,  window_right, softcap};
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
+                   const Optional& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                   const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
+                   const Tensor& lse, double softmax_scale, bool causal, int64_t window_left,
+                   int64_t window_right, double softcap, int threads, const std::string& isa) {
+  const Inputs in = {q,
+                     k,
+                     v,
+                     cu_seqlens_q,
+                     cu_seqlens_k,
+                     max_seqlen_q,
+                     max_seqlen_k,
+                     alibi_slopes,
+                     sink,
+                     softmax_scale,
+                     causal,
+                     window_left,
+                     window_right,
+                     softcap};
   AttentionFwdArgs args = {};
   args.problem = check_problem(in);
   check_out_like("out", out, in);
@@ -245,14 +253,25 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
 
 void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, const Tensor& k,
                    const Tensor& v, const Tensor& out, const Tensor& lse,
-                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                   int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
-                   const Optional& sink, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                   const Optional& dsink, double softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, double softcap, int threads, const std::string& isa) {
-  const Inputs in = {q,            k,    v,      cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                     max_seqlen_k, alibi_slopes, sink,         softmax_scale, causal,
-                     window_left,  window_right, softcap};
+                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const Optional& alibi_slopes, const Optional& sink,
+                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Optional& dsink,
+                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                   double softcap, int threads, const std::string& isa) {
+  const Inputs in = {q,
+                     k,
+                     v,
+                     cu_seqlens_q,
+                     cu_seqlens_k,
+                     max_seqlen_q,
+                     max_seqlen_k,
+                     alibi_slopes,
+                     sink,
+                     softmax_scale,
+                     causal,
+                     window_left,
+                     window_right,
+                     softcap};
   AttentionBwdArgs args = {};
   args.problem = check_problem(in);
   check_out_like("dout", dout, in);
@@ -293,8 +312,7 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
 
   const int64_t queries = queries_per_task(args.problem, args.threads);
   const std::vector<AttentionTask> query_tasks = make_tasks(args.problem, true, queries);
-  const std::vector<AttentionTask> key_tasks =
-      make_tasks(args.problem, false, kAttentionBlockKeys);
+  const std::vector<AttentionTask> key_tasks = make_tasks(args.problem, false, kAttentionBlockKeys);
   args.query_tasks = query_tasks.data();
   args.num_query_tasks = static_cast<int64_t>(query_tasks.size());
   args.task_rows = queries * args.problem.group();

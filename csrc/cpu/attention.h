@@ -1,6 +1,6 @@
 // Flash attention on the CPU: problem description shared by launchers and kernels.
-//   B batch, H query heads, Hk key/value heads (H % Hk == 0), Tq, Tk lengths, D head_dim of q and k,
-//   Dv head_dim of v.
+//   B batch, H query heads, Hk key/value heads (H % Hk == 0), Tq, Tk lengths, D head_dim of q and
+//   k, Dv head_dim of v.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ struct AttentionView {
 struct AttentionProblem {
   DType dtype;
   int64_t batch, heads, kv_heads, head_dim, value_dim;
-  int64_t max_q, max_k;               // every sequence's length unless cu_seqlens are given
-  const int32_t* cu_q = nullptr;      // (B + 1,)
+  int64_t max_q, max_k;           // every sequence's length unless cu_seqlens are given
+  const int32_t* cu_q = nullptr;  // (B + 1,)
   const int32_t* cu_k = nullptr;
   double scale, softcap;
   int64_t window_left, window_right;  // kUnbounded where open; causal is folded into the right one

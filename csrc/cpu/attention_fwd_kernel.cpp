@@ -8,23 +8,13 @@
 #include <limits>
 
 #include "attention_mask.h"
+#include "attention_pack.h"
 #include "kernels.h"
 
 namespace ceg::CEG_ISA {
 namespace {
 
 constexpr int64_t kBlock = kAttentionBlockKeys;
-
-template <class E>
-struct Sizes {
-  int64_t depth_steps;  // of q.k
-  int64_t q_width, v_width;
-
-  explicit Sizes(const AttentionProblem& p)
-      : depth_steps((p.head_dim + E::kDepth - 1) / E::kDepth),
-        q_width(round_up(p.head_dim, kLanes<typename E::Compute>)),
-        v_width(round_up(p.value_dim, kLanes<typename E::Compute>)) {}
-};
 
 template <class E>
 struct Scratch {
@@ -36,7 +26,7 @@ struct Scratch {
   C* top;       // [rows] running maximum of the logits
   C* sum;       // [rows] of the probabilities
   Range* keys;  // [rows] visible
-  Item* k;      // [kBlock / kPanel][depth_steps][kPanel][depth]
+  Item* k;      // [kBlock / kPanel][q_steps][kPanel][depth]
   Item* v;      // [kBlock / depth][v_width][depth]
   C* s;         // [kTileRows][kBlock]
   Item* p;      // the same, as the A operand
@@ -47,7 +37,7 @@ struct Scratch {
     top = carver.template take<C>(rows);
     sum = carver.template take<C>(rows);
     keys = carver.template take<Range>(rows);
-    k = carver.template take<Item>(kBlock * n.depth_steps * E::kDepth);
+    k = carver.template take<Item>(kBlock * n.q_steps * E::kDepth);
     v = carver.template take<Item>(kBlock * n.v_width);
     s = carver.template take<C>(kTileRows * kBlock);
     p = E::kDepth == 1 ? reinterpret_cast<Item*>(s)
@@ -91,18 +81,15 @@ class Task {
   int64_t head(int64_t r) const { return kv_head_ * p_.group() + r / task_.count; }
   int64_t query(int64_t r) const { return task_.first + r % task_.count; }
 
-  Rows rows_of(const AttentionView& view, int64_t row, int64_t h, int64_t count,
-               int64_t width) const {
-    return {static_cast<char*>(view.data) +
-                (task_.batch * view.batch + row * view.row + h * view.head) * item_size(p_.dtype),
-            view.row, count, width};
+  Rows rows(const AttentionView& view, int64_t row, int64_t h, int64_t count, int64_t width) const {
+    return rows_of(p_, view, task_.batch, row, h, count, width);
   }
 
   void load_queries() {
     const int64_t first = p_.q_begin(task_.batch) + task_.first;
     for (int64_t g = 0; g < p_.group(); ++g) {
       const int64_t h = kv_head_ * p_.group() + g;
-      pack_rows<E>(p_.dtype, rows_of(args_.q, first, h, task_.count, p_.head_dim),
+      pack_rows<E>(p_.dtype, rows(args_.q, first, h, task_.count, p_.head_dim),
                    t_.q + g * task_.count * n_.q_width, n_.q_width, logits_.q_scale);
     }
     std::memset(t_.out, 0, static_cast<size_t>(rows_ * n_.v_width) * sizeof(C));
@@ -110,17 +97,15 @@ class Task {
       t_.keys[r] = band_.keys_of(query(r));
       // The sink is a key without a value: the state after having seen it.
       const bool sink = p_.sink.data != nullptr;
-      t_.top[r] = sink ? static_cast<const C*>(p_.sink.data)[head(r) * p_.sink.head]
-                       : -kInf;
+      t_.top[r] = sink ? static_cast<const C*>(p_.sink.data)[head(r) * p_.sink.head] : -kInf;
       t_.sum[r] = sink ? C(1) : C(0);
     }
   }
 
   void load_keys(int64_t j0, int64_t count) {
     const int64_t first = p_.k_begin(task_.batch) + j0;
-    pack_columns<E>(p_.dtype, rows_of(args_.k, first, kv_head_, count, p_.head_dim), t_.k);
-    pack_steps<E>(p_.dtype, rows_of(args_.v, first, kv_head_, count, p_.value_dim), t_.v,
-                  n_.v_width);
+    pack_columns<E>(p_.dtype, rows(args_.k, first, kv_head_, count, p_.head_dim), t_.k);
+    pack_steps<E>(p_.dtype, rows(args_.v, first, kv_head_, count, p_.value_dim), t_.v, n_.v_width);
     v_finite_ = all_finite(t_.v, round_up(count, E::kDepth) * n_.v_width);
   }
 
@@ -133,9 +118,9 @@ class Task {
     const int64_t start = seen.first / kPanel<E> * kPanel<E>;
     const int64_t stop = round_up(seen.last, 2 * kL);
 
-    const int64_t panel = n_.depth_steps * kPanel<E> * E::kDepth;
+    const int64_t panel = n_.q_steps * kPanel<E> * E::kDepth;
     gemm<E>({t_.q + r * n_.q_width, n_.q_width, E::kDepth, t_.k + start / kPanel<E> * panel,
-             kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.depth_steps, nullptr},
+             kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.q_steps, nullptr},
             rows, stop - start);
 
     C rescale[kTileRows];
@@ -143,9 +128,15 @@ class Task {
 
     const int64_t k0 = seen.first / E::kDepth;
     const int64_t k1 = (seen.last + E::kDepth - 1) / E::kDepth;
-    const Gemm<E> pv = {t_.p + k0 * E::kDepth, kBlock, E::kDepth,
-                        t_.v + k0 * E::kDepth * n_.v_width, n_.v_width * E::kDepth,
-                        kPanel<E> * E::kDepth, t_.out + r * n_.v_width, n_.v_width, k1 - k0,
+    const Gemm<E> pv = {t_.p + k0 * E::kDepth,
+                        kBlock,
+                        E::kDepth,
+                        t_.v + k0 * E::kDepth * n_.v_width,
+                        n_.v_width * E::kDepth,
+                        kPanel<E> * E::kDepth,
+                        t_.out + r * n_.v_width,
+                        n_.v_width,
+                        k1 - k0,
                         rescale};
     if (v_finite_) {
       gemm<E>(pv, rows, n_.v_width);
@@ -206,9 +197,9 @@ class Task {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t row = first + query(r);
       const C sum = t_.sum[r];
-      const Rows out = rows_of(args_.out, row, head(r), 1, p_.value_dim);
-      unpack_row<C>(p_.dtype, t_.out + r * n_.v_width, sum == 0 ? C(0) : C(1) / sum,
-                    const_cast<void*>(out.data), p_.value_dim);
+      const Rows out = rows(args_.out, row, head(r), 1, p_.value_dim);
+      unpack_row<C>(p_.dtype, t_.out + r * n_.v_width, sum == 0 ? C(0) : C(1) / sum, out.data,
+                    p_.value_dim);
       C* lse = static_cast<C*>(args_.lse.data) + task_.batch * args_.lse.batch +
                row * args_.lse.row + head(r) * args_.lse.head;
       *lse = t_.top[r] + std::log(sum);

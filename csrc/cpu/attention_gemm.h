@@ -55,19 +55,18 @@ struct DotBf16 {
     return Operand{} + pair;
   }
   static Vec<float> multiply_add(Operand a, Operand b, Vec<float> c) {
-    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c),
-                                                         reinterpret_cast<__m512bh>(a),
-                                                         reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
   }
   static void store_a(Item* p, Vec<float> low, Vec<float> high) {
-    const __m512bh packed = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high),
-                                                reinterpret_cast<__m512>(low));
+    const __m512bh packed =
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
     std::memcpy(p, &packed, sizeof packed);
   }
   // Lane i of two rows side by side, for k running over rows.
   static void store_pairs(Item* p, Vec<float> even, Vec<float> odd) {
-    const auto packed = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
-        reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
+    const auto packed = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
     alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -142,8 +141,7 @@ template <class E, int... index>
 inline void gemm_dispatch(const Gemm<E>& g, int rows, int vecs, const typename E::Item* b,
                           typename E::Compute* c, std::integer_sequence<int, index...>) {
   using Tile = void (*)(const Gemm<E>&, const typename E::Item*, typename E::Compute*);
-  static constexpr Tile tiles[] = {
-      &gemm_tile<E, index / kTileVecs + 1, index % kTileVecs + 1>...};
+  static constexpr Tile tiles[] = {&gemm_tile<E, index / kTileVecs + 1, index % kTileVecs + 1>...};
   tiles[(rows - 1) * kTileVecs + vecs - 1](g, b, c);
 }
 

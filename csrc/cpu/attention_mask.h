@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "attention_pack.h"
+#include "attention_gemm.h"
 #include "vec_math.h"
 
 namespace ceg::CEG_ISA {

@@ -3,74 +3,19 @@
 // a stale NaN there would survive a multiplication by zero.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
-#include "../tensor.h"
-#include "attention_gemm.h"
+#include "attention_scratch.h"
 
 namespace ceg::CEG_ISA {
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Grows and never shrinks, one a thread: a fresh mmap for each call would cost its page faults.
-class Arena {
- public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(data_); }
-
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = round_up(bytes, 4096);
-      data_ = static_cast<char*>(std::aligned_alloc(4096, static_cast<size_t>(size_)));
-      if (data_ == nullptr) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_;
-  }
-
- private:
-  char* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-// Hands out consecutive cache-line aligned pieces; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(char* base) : base_(base) {}
-
-  template <class T>
-  T* take(int64_t n) {
-    T* p = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// Rows of one head in memory.
-struct Rows {
-  const void* data;
-  int64_t stride;  // items
-  int64_t count;
-  int64_t width;
-};
 
 template <class Work>
 inline auto with_storage(DType dtype, Work work) {
   switch (dtype) {
-    case DType::bf16: return work(bf16{});
-    case DType::f16: return work(f16{});
-    default: return work(float{});
+    case DType::bf16:
+      return work(bf16{});
+    case DType::f16:
+      return work(f16{});
+    default:
+      return work(float{});
   }
 }
 
@@ -144,8 +89,8 @@ inline void pack_columns_as(const Rows& rows, typename E::Item* out) {
   constexpr int step_items = kPanel<E> * E::kDepth;
   const int64_t steps = (rows.width + E::kDepth - 1) / E::kDepth;
   for (int64_t r0 = 0; r0 < rows.count; r0 += lanes) {
-    typename E::Item* panel = out + r0 / kPanel<E> * steps * step_items +
-                              r0 % kPanel<E> * E::kDepth;
+    typename E::Item* panel =
+        out + r0 / kPanel<E> * steps * step_items + r0 % kPanel<E> * E::kDepth;
     for (int64_t s0 = 0; s0 < steps; s0 += lanes) {
       typename E::Operand tile[lanes];
       for (int i = 0; i < lanes; ++i) {

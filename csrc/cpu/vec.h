@@ -98,8 +98,8 @@ inline Vec<float> widen(Half bits, f16) {
 
 inline Half narrow(Vec<float> v, f16) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Half>(_mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v),
-                                                      _MM_FROUND_TO_NEAREST_INT));
+  return reinterpret_cast<Half>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && defined(__AVX2__)
   return reinterpret_cast<Half>(
       _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));

@@ -42,8 +42,8 @@ inline Vec<float> exp(Vec<float> x) {
   // n = -inf would make a NaN of r, and of y.
   const __mmask16 normal =
       _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-  return reinterpret_cast<Vec<float>>(_mm512_maskz_scalef_ps(
-      normal, reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
 #else
   return x < -87.0f ? Vec<float>{} : y * power_of_two(min(n, broadcast(127.0f)));
 #endif
