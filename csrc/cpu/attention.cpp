@@ -14,8 +14,10 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 // A query task packs each key block once (0.6 ns an item, 8% of the work of 384 rows at D = 64), so
-// it takes as many rows as leave room in a thread's 1 MiB of scratch.
-constexpr int64_t kTaskBytes = int64_t{640} << 10;
+// it takes as many rows as leave room in a thread's 1 MiB of scratch: the forward keeps q and out,
+// the backward q, dout and dq beside one more layout of the keys.
+constexpr int64_t kForwardRowBytes = int64_t{640} << 10;
+constexpr int64_t kBackwardRowBytes = int64_t{352} << 10;
 
 using Optional = std::optional<Tensor>;
 
@@ -201,9 +203,9 @@ std::vector<AttentionTask> make_tasks(const AttentionProblem& p, bool of_queries
 }
 
 // Queries per task: as many as pay for packing the keys, but enough tasks for all threads.
-int64_t queries_per_task(const AttentionProblem& p, int threads) {
-  const int64_t row_bytes = 4 * (p.head_dim + p.value_dim);
-  int64_t queries = std::max<int64_t>(1, kTaskBytes / row_bytes / p.group());
+int64_t queries_per_task(const AttentionProblem& p, int threads, int64_t bytes) {
+  const int64_t row_bytes = item_size(compute_type(p.dtype)) * (p.head_dim + p.value_dim);
+  int64_t queries = std::max<int64_t>(1, bytes / row_bytes / p.group());
   queries = std::min(queries, std::max<int64_t>(1, p.max_q));
   const int64_t least = std::max<int64_t>(1, 48 / p.group());
   const auto tasks = [&] { return p.batch * p.kv_heads * ((p.max_q + queries - 1) / queries); };
@@ -243,7 +245,7 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   args.out = view_of(out, in.varlen());
   args.lse = row_view_of(lse, in.varlen());
   args.threads = thread_count(threads);
-  const int64_t queries = queries_per_task(args.problem, args.threads);
+  const int64_t queries = queries_per_task(args.problem, args.threads, kForwardRowBytes);
   const std::vector<AttentionTask> tasks = make_tasks(args.problem, true, queries);
   args.tasks = tasks.data();
   args.num_tasks = static_cast<int64_t>(tasks.size());
@@ -310,7 +312,7 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
   std::vector<char> delta(static_cast<size_t>(lse.numel() * item_size(compute)));
   args.delta = {delta.data(), varlen ? 0 : args.problem.heads * rows, 1, rows};
 
-  const int64_t queries = queries_per_task(args.problem, args.threads);
+  const int64_t queries = queries_per_task(args.problem, args.threads, kBackwardRowBytes);
   const std::vector<AttentionTask> query_tasks = make_tasks(args.problem, true, queries);
   const std::vector<AttentionTask> key_tasks = make_tasks(args.problem, false, kAttentionBlockKeys);
   args.query_tasks = query_tasks.data();
