@@ -89,8 +89,10 @@ class Backward {
       const int64_t left = band_.keys - j0;
       key_block(j0, left < kBlock ? left : kBlock, true, dq_in_place);
     }
+    if (dq_in_place && logits_.scale == 1) return;
     for (int64_t g = 0; g < p_.group(); ++g) {
-      for (int64_t i = 0; i < band_.queries; ++i) write_dq(dq_row(dq_in_place, g, i), g, i);
+      write(dq_row(dq_in_place, g, 0), dq_in_place ? args_.dq.row : n_.q_width, logits_.scale,
+            rows(args_.dq, p_.q_begin(batch_), head(g), band_.queries, p_.head_dim));
     }
   }
 
@@ -114,8 +116,9 @@ class Backward {
         }
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      write_dq(t_.dq + r * n_.q_width, r / count, i0 + r % count);
+    for (int64_t g = 0; g < p_.group(); ++g) {
+      write(t_.dq + g * count * n_.q_width, n_.q_width, logits_.scale,
+            this->rows(args_.dq, p_.q_begin(batch_) + i0, head(g), count, p_.head_dim));
     }
   }
 
@@ -132,9 +135,8 @@ class Backward {
     if (!in_place) return t_.dq + (g * band_.queries + i) * n_.q_width;
     return static_cast<C*>(rows(args_.dq, p_.q_begin(batch_) + i, head(g), 1, p_.head_dim).data);
   }
-  void write_dq(const C* dq, int64_t g, int64_t i) const {
-    const Rows out = rows(args_.dq, p_.q_begin(batch_) + i, head(g), 1, p_.head_dim);
-    unpack_row<C>(p_.dtype, dq, static_cast<C>(p_.scale), out.data, p_.head_dim);
+  void write(const C* from, int64_t ld, C scale, const Rows& to) const {
+    unpack_rows(p_.dtype, from, ld, [scale](int64_t) { return scale; }, to);
   }
 
   void load_keys(int64_t j0, int64_t count, bool for_dq) {
@@ -146,7 +148,7 @@ class Backward {
     pack_columns<E>(p_.dtype, k, t_.k_columns);
     pack_columns<E>(p_.dtype, v, t_.v_columns);
     if (for_dq) {
-      pack_steps<E>(p_.dtype, k, t_.k_steps, n_.q_width);
+      pack_steps<E>(p_.dtype, k, t_.k_steps, n_.q_width, logits_.folded);
       k_finite_ = all_finite(t_.k_steps, round_up(count, kD) * n_.q_width);
     }
   }
@@ -156,7 +158,7 @@ class Backward {
     const int64_t first = p_.q_begin(batch_) + i0;
     const Rows q = rows(args_.q, first, head(g), count, p_.head_dim);
     const Rows dout = rows(args_.dout, first, head(g), count, p_.value_dim);
-    pack_rows<E>(p_.dtype, q, t_.q_rows + r * n_.q_width, n_.q_width, logits_.q_scale);
+    pack_rows<E>(p_.dtype, q, t_.q_rows + r * n_.q_width, n_.q_width, logits_.folded);
     pack_rows<E>(p_.dtype, dout, t_.dout_rows + r * n_.v_width, n_.v_width);
     if (for_dkv) {
       if (kD > 1) {
@@ -193,13 +195,9 @@ class Backward {
         add_dk_dv(i0, queries);
       }
     }
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t row = p_.k_begin(batch_) + j0 + j;
-      const Rows dk = rows(args_.dk, row, kv_head_, 1, p_.head_dim);
-      const Rows dv = rows(args_.dv, row, kv_head_, 1, p_.value_dim);
-      unpack_row<C>(p_.dtype, t_.dk + j * n_.q_width, logits_.scale, dk.data, p_.head_dim);
-      unpack_row<C>(p_.dtype, t_.dv + j * n_.v_width, C(1), dv.data, p_.value_dim);
-    }
+    const int64_t first = p_.k_begin(batch_) + j0;
+    write(t_.dk, n_.q_width, logits_.scale, rows(args_.dk, first, kv_head_, count, p_.head_dim));
+    write(t_.dv, n_.v_width, C(1), rows(args_.dv, first, kv_head_, count, p_.value_dim));
   }
 
   // P and dS of queries [i, i + rows), which lie at scratch rows r on, into rows `at` on of the

@@ -90,7 +90,7 @@ class Task {
     for (int64_t g = 0; g < p_.group(); ++g) {
       const int64_t h = kv_head_ * p_.group() + g;
       pack_rows<E>(p_.dtype, rows(args_.q, first, h, task_.count, p_.head_dim),
-                   t_.q + g * task_.count * n_.q_width, n_.q_width, logits_.q_scale);
+                   t_.q + g * task_.count * n_.q_width, n_.q_width, logits_.folded);
     }
     std::memset(t_.out, 0, static_cast<size_t>(rows_ * n_.v_width) * sizeof(C));
     for (int64_t r = 0; r < rows_; ++r) {
@@ -193,16 +193,20 @@ class Task {
   }
 
   void write() {
-    const int64_t first = p_.q_begin(task_.batch);
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t row = first + query(r);
-      const C sum = t_.sum[r];
-      const Rows out = rows(args_.out, row, head(r), 1, p_.value_dim);
-      unpack_row<C>(p_.dtype, t_.out + r * n_.v_width, sum == 0 ? C(0) : C(1) / sum, out.data,
-                    p_.value_dim);
+    const int64_t first = p_.q_begin(task_.batch) + task_.first;
+    for (int64_t g = 0; g < p_.group(); ++g) {
+      const int64_t r0 = g * task_.count;
+      const int64_t h = head(r0);
+      const C* sum = t_.sum + r0;
+      unpack_rows(
+          p_.dtype, t_.out + r0 * n_.v_width, n_.v_width,
+          [&](int64_t r) { return sum[r] == 0 ? C(0) : C(1) / sum[r]; },
+          rows(args_.out, first, h, task_.count, p_.value_dim));
       C* lse = static_cast<C*>(args_.lse.data) + task_.batch * args_.lse.batch +
-               row * args_.lse.row + head(r) * args_.lse.head;
-      *lse = t_.top[r] + std::log(sum);
+               first * args_.lse.row + h * args_.lse.head;
+      for (int64_t r = 0; r < task_.count; ++r) {
+        lse[r * args_.lse.row] = t_.top[r0 + r] + std::log(sum[r]);
+      }
     }
   }
 

@@ -73,12 +73,12 @@ struct Logits {
   using C = typename E::Compute;
   static constexpr bool kFolded = E::kDepth == 1;
 
-  C q_scale, scale;  // of q when it is packed, of its product with k
-  C cap, cap_in;     // cap * tanh(cap_in * q.k)
+  C folded, scale;  // of an operand when it is packed, of its products
+  C cap, cap_in;    // cap * tanh(cap_in * q.k)
   bool capped, biased;
 
   explicit Logits(const AttentionProblem& p)
-      : q_scale(kFolded ? static_cast<C>(p.scale) : C(1)),
+      : folded(kFolded ? static_cast<C>(p.scale) : C(1)),
         scale(kFolded ? C(1) : static_cast<C>(p.scale)),
         cap(static_cast<C>(p.softcap)),
         cap_in(p.softcap > 0 ? scale / cap : C(0)),

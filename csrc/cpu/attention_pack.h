@@ -40,12 +40,28 @@ inline const S* row_of(const Rows& rows, int64_t r) {
   return static_cast<const S*>(rows.data) + r * rows.stride;
 }
 
+// Rows lie heads * head_dim apart, which the hardware's prefetchers do not follow.
+inline constexpr int64_t kRowsAhead = 8;
+
+inline void prefetch_row(const Rows& rows, int64_t r, int64_t item_bytes, bool write = false) {
+  if (r >= rows.count) return;
+  const char* p = static_cast<const char*>(rows.data) + r * rows.stride * item_bytes;
+  for (int64_t byte = 0; byte < rows.width * item_bytes; byte += 64) {
+    if (write) {
+      __builtin_prefetch(p + byte, 1);
+    } else {
+      __builtin_prefetch(p + byte, 0);
+    }
+  }
+}
+
 // A operand, [count][ld]: row-major items, times `scale` where the engine keeps full precision.
 template <class E, class S>
 inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
                          typename E::Compute scale = 1) {
   constexpr int lanes = kLanes<typename E::Compute>;
   for (int64_t r = 0; r < rows.count; ++r) {
+    prefetch_row(rows, r + kRowsAhead, sizeof(S));
     const S* p = row_of<typename E::Compute, S>(rows, r);
     for (int64_t d = 0; d < ld; d += lanes) {
       if constexpr (E::kDepth == 2) {
@@ -58,15 +74,18 @@ inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
   }
 }
 
-// B operand, [ceil(count / depth)][ld][depth]: k runs over the rows.
+// B operand, [ceil(count / depth)][ld][depth]: k runs over the rows. `scale` as above.
 template <class E, class S>
-inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld) {
+inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld,
+                          typename E::Compute scale) {
   using C = typename E::Compute;
   constexpr int lanes = kLanes<C>;
   if constexpr (E::kDepth == 1) {
-    pack_rows_as<E, S>(rows, out, ld);
+    pack_rows_as<E, S>(rows, out, ld, scale);
   } else {
     for (int64_t r = 0; r < rows.count; r += 2) {
+      prefetch_row(rows, r + kRowsAhead, sizeof(S));
+      prefetch_row(rows, r + kRowsAhead + 1, sizeof(S));
       const S* even = row_of<C, S>(rows, r);
       const S* odd = row_of<C, S>(rows, r + 1);
       const int64_t odd_width = r + 1 < rows.count ? rows.width : 0;
@@ -89,6 +108,7 @@ inline void pack_columns_as(const Rows& rows, typename E::Item* out) {
   constexpr int step_items = kPanel<E> * E::kDepth;
   const int64_t steps = (rows.width + E::kDepth - 1) / E::kDepth;
   for (int64_t r0 = 0; r0 < rows.count; r0 += lanes) {
+    for (int i = 0; i < lanes; ++i) prefetch_row(rows, r0 + lanes + i, sizeof(S));
     typename E::Item* panel =
         out + r0 / kPanel<E> * steps * step_items + r0 % kPanel<E> * E::kDepth;
     for (int64_t s0 = 0; s0 < steps; s0 += lanes) {
@@ -129,21 +149,27 @@ void pack_rows(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
   pack_with<E>(dtype, [&](auto s) { pack_rows_as<E, decltype(s)>(rows, out, ld, scale); });
 }
 template <class E>
-void pack_steps(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld) {
-  pack_with<E>(dtype, [&](auto s) { pack_steps_as<E, decltype(s)>(rows, out, ld); });
+void pack_steps(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
+                typename E::Compute scale = 1) {
+  pack_with<E>(dtype, [&](auto s) { pack_steps_as<E, decltype(s)>(rows, out, ld, scale); });
 }
 template <class E>
 void pack_columns(DType dtype, const Rows& rows, typename E::Item* out) {
   pack_with<E>(dtype, [&](auto s) { pack_columns_as<E, decltype(s)>(rows, out); });
 }
 
-// Result rows, scaled and rounded once.
-template <class C>
-void unpack_row(DType dtype, const C* row, C scale, void* out, int64_t width) {
+// Result rows, each times scale(r), rounded once.
+template <class C, class Scale>
+void unpack_rows(DType dtype, const C* from, int64_t ld, Scale scale, const Rows& rows) {
   const auto write = [&](auto s) {
     using S = decltype(s);
-    for (int64_t d = 0; d < width; d += kLanes<C>) {
-      store_n(static_cast<S*>(out) + d, load<C>(row + d) * scale, width - d);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      prefetch_row(rows, r + kRowsAhead, sizeof(S), true);
+      S* out = static_cast<S*>(rows.data) + r * rows.stride;
+      const C factor = scale(r);
+      for (int64_t d = 0; d < rows.width; d += kLanes<C>) {
+        store_n(out + d, load<C>(from + r * ld + d) * factor, rows.width - d);
+      }
     }
   };
   if constexpr (std::is_same_v<C, double>) {
