@@ -144,6 +144,17 @@ def test_numpy_dtypes(dtype):
     np.testing.assert_allclose(y, expected, rtol=4 * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("sources", ["plan", "duplicates"])
+def test_dispatch_of_more_than_the_caches_hold(sources):
+    rows = 40_000  # times 512 bytes: no L2 is larger than 20 MB
+    ids = Inputs().integers(12, rows // 2, 2)
+    order = index(ids, 12, 3000)[1] if sources == "plan" else np.arange(rows, dtype=np.int32) // 7
+    assert (order < 0).any() == (sources == "plan")
+    x, out = Inputs().floats(rows // 2, 128), empty(rows, 128)
+    _C.moe_dispatch(x, order, 2, out)
+    np.testing.assert_array_equal(out, np.where(order[:, None] < 0, 0, x[order // 2]))
+
+
 # ---- arrays of any framework ---------------------------------------------------------------
 
 
