@@ -35,27 +35,29 @@ def _moe(x, logits, bias=None, score="softmax", capacity=None):
 
 
 def _packed(q, k, v):
-    cu_q = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-    cu_k = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
-    return flash_attention_varlen(q, k, v, cu_q, cu_k, 5, 4, causal=True, return_lse=True)
+    # No row sees nothing: its lse of -inf has no numerical derivative.
+    cu_q = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    cu_k = torch.tensor([0, 2, 3, 7], dtype=torch.int32)
+    return flash_attention_varlen(q, k, v, cu_q, cu_k, 3, 4, causal=True, return_lse=True)
 
 
 def _cases():
     table = [t.double() for t in rope_table(8, 4)]
-    q, k, v = _randn(2, 5, 4, 6), _randn(2, 7, 2, 6, seed=1), _randn(2, 7, 2, 6, seed=2)
-    slopes = torch.rand(4, dtype=torch.float64)
+    # Small: gradcheck calls the function twice per input element.
+    q, k, v = _randn(1, 3, 2, 3), _randn(1, 5, 1, 3, seed=1), _randn(1, 5, 1, 3, seed=2)
+    slopes = torch.tensor([0.3, 0.7], dtype=torch.float64)
     x, w = _randn(3, 6), _randn(6)
     yield "rms_norm", rms_norm, (x, w)
     yield "rms_norm no weight", rms_norm, (x,)
     yield "rms_norm residual", lambda x, r, w: rms_norm(x, w, residual=r), (x, _randn(3, 6), w)
     yield "rms_norm offset", lambda x, w: rms_norm(x, w, weight_offset=1.0), (x, w)
-    yield "rope", lambda q, k: rope(q, k, *table), (q, _randn(2, 5, 2, 6))
+    yield "rope", lambda q, k: rope(q, k, *table), (_randn(1, 4, 2, 6), _randn(1, 4, 1, 6))
     yield (
         "rope interleaved at positions",
         lambda q, k: rope(
-            q, k, *table, positions=torch.arange(10).view(2, 5) % 8, interleaved=True
+            q, k, *table, positions=torch.arange(4).view(1, 4) * 5 % 8, interleaved=True
         ),
-        (q, _randn(2, 5, 2, 6)),
+        (_randn(1, 4, 2, 6), _randn(1, 4, 1, 6)),
     )
     yield "attention", lambda *a: flash_attention(*a, return_lse=True), (q, k, v)
     yield "attention causal", lambda *a: flash_attention(*a, causal=True), (q, k, v)
@@ -65,9 +67,9 @@ def _cases():
     yield (
         "attention sink",
         lambda q, k, v, s: flash_attention(q, k, v, sink=s, causal=True, return_lse=True),
-        (q, k, v, _randn(4)),
+        (q, k, v, _randn(2)),
     )
-    packed = _randn(8, 4, 6), _randn(9, 2, 6), _randn(9, 2, 6, seed=3)
+    packed = _randn(5, 2, 3), _randn(7, 1, 3), _randn(7, 1, 3, seed=3)
     yield "attention varlen", _packed, packed
     yield "moe softmax", _moe, (_randn(6, 4), _randn(6, 3))
     yield "moe sigmoid", lambda x, z: _moe(x, z, score="sigmoid"), (_randn(6, 4), _randn(6, 3))

@@ -32,7 +32,7 @@ def _grid():
                 yield pytest.param(op, backend, dtype, device, id=name)
 
 
-@pytest.mark.parametrize(("op", "backend", "dtype", "device"), _grid())
+@pytest.mark.parametrize(("op", "backend", "dtype", "device"), list(_grid()))
 def test_accuracy(op, backend, dtype, device):
     ran = 0
     for sample in op.samples(dtype, device):
@@ -114,7 +114,7 @@ def _errors():
             yield pytest.param(case, id=f"{op.name}-{i}")
 
 
-@pytest.mark.parametrize("case", _errors())
+@pytest.mark.parametrize("case", list(_errors()))
 def test_bad_input_is_refused_by_name(case):
     with pytest.raises(case.error, match=case.match):
         case.call()
