@@ -51,15 +51,15 @@ def backward(isa, dout, dlse, q, k, v, out, lse, rest, threads=2):
 LONG = {
     "causal": {"causal": True},
     "full": {},
-    "window": {"window": (150, 20)},
+    "window": {"window": (90, 20)},
     "everything": {
         "slopes": normal(4).abs() * 0.02, "sink": normal(4, seed=1), "causal": True,
-        "window": (300, -1), "softcap": 4.0,
+        "window": (200, -1), "softcap": 4.0,
     },
 }  # fmt: skip
 
 
-def long_inputs(dtype, flags, tq=700, tk=530, heads=4, kv_heads=2, d=40):
+def long_inputs(dtype, flags, tq=400, tk=310, heads=4, kv_heads=2, d=40):
     q, dout = (normal(1, tq, heads, d, dtype=dtype, seed=i) for i in (0, 1))
     k, v = (normal(1, tk, kv_heads, d, dtype=dtype, seed=i) for i in (2, 3))
     return dout, q, k, v, tail(tq, tk, **flags)
