@@ -138,8 +138,8 @@ _TRAIN = {
 
 # 11x compute from S to L. Every evaluation reads 6 to 8 thousand tokens: the luck of a small
 # evaluation set shifts a gain in all seeds alike, so no interval over seeds shows it. The rates are
-# those at which the baseline's own seeds agree best: without norms, twice of it at L parts two seeds
-# by 0.06 nats, and four times leaves one of them stuck.
+# those at which the baseline's own seeds agree best: without norms, twice this rate at L parts two
+# seeds by 0.06 nats, and four times leaves one of them stuck.
 _NANO = (
     _scale("S", layers=2, width=32, heads=2, length=128, batch_size=4, lr=2e-3,
            steps=300, eval_every=12, eval_batches=12),
