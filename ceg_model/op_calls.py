@@ -15,13 +15,14 @@ class OpCalls(TorchDispatchMode):
 
     backends: op -> name of the backend that ran it (several, comma-separated, when calls differ).
     extra_flops: executed minus model FLOPs: the recomputation and padding of those backends, which
-    belong to hardware utilisation and never to C. A backend that does not say counts none.
+    belong to hardware utilisation and never to C. None once an op whose backends differ in what
+    they execute (some of them say so) ran on one that does not say.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.backends: dict[str, str] = {}
-        self.extra_flops = 0
+        self.extra_flops: int | None = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -36,5 +37,7 @@ class OpCalls(TorchDispatchMode):
         names = set(self.backends.get(name, backend.name).split(",")) | {backend.name}
         self.backends[name] = ",".join(sorted(names))
         executed: Callable[..., int] | None = backend.executed_flops
-        if executed is not None:
+        if executed is not None and self.extra_flops is not None:
             self.extra_flops += executed(*args) - op.cost(*args).flops
+        elif executed is None and any(b.executed_flops for b in op.backends):
+            self.extra_flops = None

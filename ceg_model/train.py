@@ -8,7 +8,8 @@ thread start-up happen there. So no step has to be left out or its time imputed,
 pairs measured seconds with exactly the FLOPs that were done in them.
 
 What a FLOP is. `model_flops` is `ceg_model.flops.model_flops` times the steps done: what the maths
-requires. `executed_flops` adds what the chosen backends recompute or pad, as far as they say.
+requires. `executed_flops` adds what the chosen backends recompute or pad; null where
+one does not say.
 
 What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from (seed, s,
 micro-batch), never from what ran before: resuming is exact, arms that share a seed are paired, and
@@ -224,7 +225,9 @@ class _Trainer:
         with OpCalls() as calls:
             self._loss(self.model, x, y).backward()
         self.backends = dict(sorted(calls.backends.items()))
-        self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
+        self.executed_flops: int | None = None
+        if calls.extra_flops is not None:
+            self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.config.timing_warmup):
             self._step(1)
@@ -337,6 +340,9 @@ class _Trainer:
             return self.group.from_first(stop_at() if self.group.rank == 0 else None)
         return step >= stop_at
 
+    def _executed(self, steps: int) -> int | None:
+        return None if self.executed_flops is None else steps * self.executed_flops
+
     def _row(self, step: int, loss: float, norm: float, train_s: float) -> dict[str, Any]:
         return {
             "step": step,
@@ -344,7 +350,7 @@ class _Trainer:
             "loss": loss,
             "eval_loss": None,
             "model_flops": step * self.model_flops,
-            "executed_flops": step * self.executed_flops,
+            "executed_flops": self._executed(step),
             "train_s": train_s,
             "lr": learning_rate(self.config, step),
             "grad_norm": norm,
@@ -378,7 +384,7 @@ class _Trainer:
             "bits_per_byte": self.data.bits_per_byte(evaluated[-1]) if evaluated else None,
             "loss": rows[-1]["loss"],
             "model_flops": step * self.model_flops,
-            "executed_flops": step * self.executed_flops,
+            "executed_flops": self._executed(step),
             "train_s": rows[-1]["train_s"],
             "step_s_median": step_s,
             "tokens_per_s": self.tokens_per_step / step_s,

@@ -27,7 +27,7 @@ py::dict build_info_dict() {
 
 py::dict isa_levels() {
   return py::dict(arg("built") = built_isa_levels(), arg("available") = available_isa_levels(),
-                  arg("default") = available_isa_levels().back());
+                  arg("default") = default_isa_level());
 }
 
 py::object cuda_device_list() {

@@ -443,18 +443,23 @@ def test_a_backend_that_is_not_there_is_refused(data_dir, tmp_path):
 
 
 def test_executed_flops_add_what_the_backends_recompute(data_dir, tmp_path, monkeypatch):
-    op = OPS["attention_backward"]
-    chosen = op.backend("torch")
-    recomputing = dataclasses.replace(
-        chosen, executed_flops=lambda *args: op.cost(*args).flops * 10 // 8
-    )
-    monkeypatch.setattr(op, "choose", lambda *args: recomputing)
+    for name, tenths in (("attention", 10), ("attention_backward", 15)):
+        op = OPS[name]
+
+        def executed(*args, op=op, tenths=tenths):
+            return op.cost(*args).flops * tenths // 10
+
+        chosen = dataclasses.replace(op.backend("torch"), executed_flops=executed)
+        monkeypatch.setattr(op, "choose", lambda *args, chosen=chosen: chosen)
     result = train(MODEL, TRAIN, data_dir, tmp_path / "run")
     pairs = 32 * 33 // 2
     backward = 8 * pairs * MODEL.head_dim * MODEL.n_head * MODEL.n_layer * 4  # 4 sequences a step
-    forward = OPS["attention"].backend("torch").executed_flops
-    assert forward is None
-    assert result["executed_flops"] - result["model_flops"] == 8 * (backward // 4)
+    assert result["executed_flops"] - result["model_flops"] == 8 * (backward // 2)
+
+
+def test_executed_flops_are_unknown_where_a_backend_does_not_say(data_dir, tmp_path):
+    result = train(MODEL, TRAIN, data_dir, tmp_path / "run")
+    assert result["executed_flops"] is None
 
 
 def test_bf16_autocast_trains(undisturbed, data_dir, tmp_path):

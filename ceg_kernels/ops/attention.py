@@ -2,8 +2,8 @@
 
 The formula, masks and backward are stated in attention_reference.py, the stock-torch backend in
 attention_torch.py. FLOPs: with P visible (query, key) pairs a head, forward 2 (D + Dv) P a head
-(scores and output), backward 4 (D + Dv) P (dV, dP, dQ, dK). A flash backward also recomputes the
-scores, another 2 D P: executed, not counted.
+(scores and output), backward 4 (D + Dv) P (dV, dP, dQ, dK). What the CPU kernels execute beyond
+that (scores once or twice more, masked pairs inside a block) depends on threads and level: unknown.
 """
 
 from __future__ import annotations
@@ -63,11 +63,6 @@ def cost_backward(dout, dlse, q, k, v, out, lse, *tail):
     return Cost(2 * forward.flops, read + _nbytes(q, k, v, sink))
 
 
-def executed(q, k, v, *tail):
-    """A kernel that skips masked blocks executes no more than the visible pairs' blocks."""
-    return cost(q, k, v, *tail).flops
-
-
 def executed_materialised(q, k, v, cu_q, cu_k, *tail):
     """All Tq x Tk pairs, masked or not."""
     heads, d, dv = q.shape[-2], q.shape[-1], v.shape[-1]
@@ -77,12 +72,6 @@ def executed_materialised(q, k, v, cu_q, cu_k, *tail):
 def executed_materialised_backward(dout, dlse, q, k, v, out, lse, *tail):
     """All pairs, and the scores once more."""
     forward = executed_materialised(q, k, v, *tail)
-    return 2 * forward + forward * q.shape[-1] // (q.shape[-1] + v.shape[-1])
-
-
-def executed_backward(dout, dlse, q, k, v, out, lse, *tail):
-    """The scores once more: 2 D a pair."""
-    forward = cost(q, k, v, *tail).flops
     return 2 * forward + forward * q.shape[-1] // (q.shape[-1] + v.shape[-1])
 
 
@@ -326,7 +315,7 @@ ATTENTION = Op(
     samples=samples,
     shapes=SHAPES,
     backends=(
-        *native.cpu_backends(run_cpu, refuses, executed),
+        *native.cpu_backends(run_cpu, refuses),
         Backend("torch", attention_torch.run, attention_torch.why_not),
         Backend("reference", reference, executed_flops=executed_materialised),
     ),
@@ -351,7 +340,6 @@ ATTENTION_BACKWARD = Op(
         *native.cpu_backends(
             run_cpu_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: refuses(q, k, v, *tail),
-            executed_backward,
         ),
         Backend(
             "torch",

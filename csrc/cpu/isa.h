@@ -16,7 +16,8 @@ struct Kernels;  // kernels.h
 const Kernels& kernels(const std::string& isa);
 
 std::vector<std::string> built_isa_levels();
-std::vector<std::string> available_isa_levels();  // best last
+std::vector<std::string> available_isa_levels();  // lowest first
+std::string default_isa_level();                  // what "" means
 
 // The OpenMP default for threads <= 0.
 int thread_count(int threads);
