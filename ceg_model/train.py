@@ -170,7 +170,7 @@ class _Trainer:
         sequences = config.batch_size * config.grad_accum
         self.tokens_per_step = sequences * self.seq_len
         self.model_flops = model_flops(model_config, batch=sequences).total
-        self.executed_flops = self.model_flops  # until _warm_up has seen the backends
+        self.executed_flops: int | None = None  # known once _warm_up has seen the backends
         self.backends: dict[str, str] = {}
 
     def run(
@@ -225,7 +225,7 @@ class _Trainer:
         with OpCalls() as calls:
             self._loss(self.model, x, y).backward()
         self.backends = dict(sorted(calls.backends.items()))
-        self.executed_flops: int | None = None
+        self.executed_flops = None
         if calls.extra_flops is not None:
             self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
         self.optimizer.zero_grad(set_to_none=True)

@@ -102,13 +102,14 @@ class Store:
         if not rows:
             return None
         train, data = run["train"], run["data"]
+        executed = [row["executed_flops"] for row in rows]  # null where a backend does not say
         return make_curve(
             key,
             [row["model_flops"] for row in rows],
             [row["eval_loss"] for row in rows],
             seconds=[row["train_s"] for row in rows],
             lr=[row["lr"] for row in rows],
-            executed_flops=[row["executed_flops"] for row in rows],
+            executed_flops=None if None in executed else executed,
             identity={
                 "data": data["hash"],
                 "tokenizer": data["tokenizer"],
