@@ -50,12 +50,13 @@ def alibi_bias(alibi_slopes: Tensor, b: int, tq: int, tk: int) -> Tensor:
 
 def per_head(k: Tensor, heads: int) -> Tensor:
     """(B, Tk, H_kv, D) as (B, H, Tk, D), each key head repeated for its group of query heads."""
-    return k.transpose(1, 2).repeat_interleave(heads // k.shape[2], 1)
+    group = heads // k.shape[2]
+    return k.transpose(1, 2) if group == 1 else k.transpose(1, 2).repeat_interleave(group, 1)
 
 
 def _scores(q, k, scale, softcap):
     """(B, H, Tq, Tk), and the softcap's derivative (None without one)."""
-    s = q.transpose(1, 2) @ per_head(k, q.shape[2]).transpose(-1, -2) * scale
+    s = (q * scale).transpose(1, 2) @ per_head(k, q.shape[2]).transpose(-1, -2)
     if softcap == 0:
         return s, None
     t = torch.tanh(s / softcap)
@@ -67,7 +68,7 @@ def _masked(s, alibi_slopes, causal, left, right):
     if alibi_slopes is not None:
         s = (s + alibi_bias(alibi_slopes.to(native.math_dtype(s.dtype)), b, tq, tk)).to(s.dtype)
     mask = visible(tq, tk, causal, left, right, s.device)
-    return s if mask is None else s.masked_fill(~mask, -torch.inf), mask
+    return s if mask is None else s.masked_fill_(~mask, -torch.inf), mask
 
 
 def _dense(q, k, v, alibi_slopes, sink, scale, causal, left, right, softcap):
@@ -110,14 +111,15 @@ def _dense_backward(
     s, _ = _masked(s, alibi_slopes, causal, left, right)
     # A row that sees nothing has lse = -inf; +inf in its place makes its probabilities 0, not NaN.
     safe = lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1)
-    p = torch.exp(s.to(lse.dtype) - safe)
+    p = s.to(lse.dtype).sub_(safe).exp_()
     grad = dout.transpose(1, 2)
-    ds = p * ((grad @ per_head(v, h).transpose(-1, -2)).to(lse.dtype) - delta.unsqueeze(-1))
+    ds = (grad @ per_head(v, h).transpose(-1, -2)).to(lse.dtype)
+    ds = ds.sub_(delta.unsqueeze(-1)).mul_(p)
     if slope is not None:
-        ds = ds * slope
-    ds = (ds * scale).to(q.dtype)
-    dq = ds @ per_head(k, h)
-    dk = ds.transpose(-1, -2) @ q.transpose(1, 2)
+        ds = ds.mul_(slope)
+    ds = ds.to(q.dtype)
+    dq = ds @ per_head(k, h) * scale
+    dk = ds.transpose(-1, -2) @ (q * scale).transpose(1, 2)
     dv = p.to(v.dtype).transpose(-1, -2) @ grad
 
     def of_group(d):  # (B, H, Tk, D) -> (B, Tk, H_kv, D), summed over the group's heads
