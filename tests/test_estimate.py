@@ -61,7 +61,11 @@ def test_known_shift_is_found(k):
 
 
 def test_known_shift_has_slope_zero_and_its_class():
-    runs = [r for i, size in enumerate((1, 4, 16)) for r in shifted(2.0, scale=str(i), size=size)]
+    runs = [
+        r
+        for i, size in enumerate((1, 4, 16))
+        for r in shifted(2.0, scale=str(i), size=size, seeds=3)
+    ]
     trend = estimate(runs)["class"]["arm"]
     assert trend["slope"] == pytest.approx(0, abs=1e-3)
     assert trend["class"] == "compute-independent"
@@ -76,12 +80,20 @@ def test_different_exponents_give_the_analytic_slope(alpha, start, label):
     runs = []
     for i, size in enumerate((1, 10, 100)):
         c = STEPS * size
-        for s in range(2):
+        for s in range(3):
             runs.append(curve("baseline", law(c), c, seed=str(s), scale=str(i)))
             runs.append(curve("arm", law(c, a=a, alpha=alpha), c, seed=str(s), scale=str(i)))
     trend = estimate(runs)["class"]["arm"]
     assert trend["slope"] == pytest.approx(1 - 0.065 / alpha, abs=3e-3)
     assert trend["class"] == label
+
+
+def test_two_seeds_give_a_slope_but_no_class():
+    runs = [r for i, size in enumerate((1, 4, 16)) for r in shifted(2.0, scale=str(i), size=size)]
+    trend = estimate(runs)["class"]["arm"]
+    assert (trend["class"], trend["scales"]) == ("inconclusive", 3)
+    assert trend["reason"].startswith("2 seeds at a scale, 3 needed")
+    assert trend["ci"] is not None
 
 
 def test_diminishing_is_a_class():

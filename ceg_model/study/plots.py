@@ -17,6 +17,7 @@ Results = dict[str, Any]
 # Okabe and Ito's colours, told apart by people with any colour vision; the baseline takes the ink.
 PALETTE = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^DvPX*"
+MAX_BAND = 2.0  # intervals up to this factor are drawn as a band
 BLUE, ORANGE = PALETTE[0], PALETTE[4]
 
 
@@ -159,8 +160,11 @@ def _range(ax: Axes, results: Results, scale: str, style: dict) -> None:
         ax.plot(data["loss"], data["g_alg"], color=colour, linestyle=dash, zorder=3)
         ax.plot(data["loss"][-1], data["g_alg"][-1], marker, color=colour, markersize=6, zorder=4)
         if data["low"][0] is not None:
+            lows, highs = np.array(data["low"]), np.array(data["high"])
+            # Wider ones would cover the panel and say nothing but that.
+            shown = highs / lows < MAX_BAND
             ax.fill_between(
-                data["loss"], data["low"], data["high"], color=colour, alpha=0.10, linewidth=0
+                data["loss"], lows, highs, where=shown, color=colour, alpha=0.12, linewidth=0
             )
         means += data["g_alg"]
     target = results["estimate"]["target_losses"].get(scale)

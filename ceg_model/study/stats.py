@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 MARGIN = 0.041  # |slope| below it: less than 10% a decade of compute
 EQUIVALENCE = (0.98, 1.02)
-MIN_SCALES, MIN_RANGE = 3, 10.0
+MIN_SCALES, MIN_RANGE, MIN_SEEDS = 3, 10.0, 3
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,12 @@ def classify(groups: Sequence[tuple[Array, Array]], margin: float = MARGIN) -> T
     half = float(stats.t.ppf(0.5 + LEVEL / 2, df)) * se
     low, high = slope - half, slope + half
     span = float(np.exp(x.max() - x.min()))
-    if span < MIN_RANGE * 0.999:
+    fewest = min(ys.size for _, ys in filled)
+    if fewest < MIN_SEEDS:
+        # One odd baseline seed moves all arms of a scale; two seeds cannot show which is odd.
+        label = "inconclusive"
+        reason = f"{fewest} seeds at a scale, {MIN_SEEDS} needed; slope [{low:.2g}, {high:.2g}]"
+    elif span < MIN_RANGE * 0.999:
         label, reason = "inconclusive", f"{span:.3g}x compute between the scales, 10x needed"
     elif -margin <= low and high <= margin:
         label, reason = "compute-independent", f"slope interval inside +-{margin}"
