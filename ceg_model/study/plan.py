@@ -31,7 +31,7 @@ class Plan:
     seeds: tuple[int, ...]
     train: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = False  # learning rate swept per arm and scale
-    timing_rounds: int = 12  # of the throughput benchmark at least, a step of every arm in each
+    timing_rounds: int = 9  # of the throughput benchmark at least, a few steps of all in each
     timing_seconds: float = 10.0  # more rounds until this long
     workers: int = 2
     threads: int = 1  # of each worker
@@ -142,11 +142,11 @@ _TRAIN = {
 # seeds by 0.06 nats, and four times leaves one of them stuck.
 _NANO = (
     _scale("S", layers=2, width=32, heads=2, length=128, batch_size=4, lr=2e-3,
-           steps=300, eval_every=12, eval_batches=12),
+           steps=280, eval_every=12, eval_batches=12),
     _scale("M", layers=2, width=48, heads=3, length=128, batch_size=6, lr=1.4e-3,
-           steps=380, eval_every=14, eval_batches=10),
+           steps=350, eval_every=14, eval_batches=10),
     _scale("L", layers=2, width=64, heads=4, length=128, batch_size=8, lr=1e-3,
-           steps=520, eval_every=16, eval_batches=8),
+           steps=480, eval_every=16, eval_batches=8),
 )  # fmt: skip
 
 PLANS = {
