@@ -1,6 +1,6 @@
 """The estimator against curves whose answer is known.
 
-Left out: endpoint mode (a later issue), and curves so noisy that no rule would find a crossing.
+Left out: endpoint mode (not built yet), and curves so noisy that no rule would find a crossing.
 """
 
 import json
