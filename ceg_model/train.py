@@ -122,7 +122,7 @@ def train(
             finished = folder.result()
         if (finished := group.from_first(finished)) is not None:
             return finished
-        trainer = _Trainer(model_config, train_config, data, group)
+        trainer = Trainer(model_config, train_config, data, group)
         return trainer.run(
             folder, Path(run_dir), description, progress=progress, stop_at=stop_at, note=note
         )
@@ -141,7 +141,7 @@ def run_description(
     }
 
 
-class _Trainer:
+class Trainer:
     """Model, optimizer and data of one run in this process."""
 
     def __init__(
@@ -230,7 +230,7 @@ class _Trainer:
             self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.config.timing_warmup):
-            self._step(1)
+            self.step(1)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
@@ -262,7 +262,7 @@ class _Trainer:
         """Steps first..last: mean loss, last gradient norm, seconds, and what is wrong or ""."""
         _synchronize(self.device)
         start = time.perf_counter()
-        outcomes = [torch.stack(self._step(step)) for step in range(first, last + 1)]
+        outcomes = [torch.stack(self.step(step)) for step in range(first, last + 1)]
         values = torch.stack(outcomes).double().cpu()  # waits for the device
         seconds = time.perf_counter() - start
         reason = ""
@@ -270,7 +270,7 @@ class _Trainer:
             reason = reason or _not_finite("loss", step, loss) or _not_finite("grad", step, norm)
         return values[:, 0].mean().item(), values[-1, 1].item(), seconds, reason
 
-    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; its mean loss over all processes, and the norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)

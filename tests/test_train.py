@@ -166,11 +166,11 @@ SLOW = """
 import dataclasses, sys, time
 from ceg_model import train as training
 from tests.test_train import MODEL, TRAIN
-step = training._Trainer._step
+step = training.Trainer.step
 def slow(self, number):
     time.sleep(0.2)
     return step(self, number)
-training._Trainer._step = slow
+training.Trainer.step = slow
 training.train(MODEL, TRAIN, sys.argv[1], sys.argv[2])
 """
 
@@ -319,7 +319,7 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused(data_dir, tmp_path):
 
 
 def test_a_finished_run_is_returned_as_it_is(undisturbed, data_dir, monkeypatch):
-    monkeypatch.setattr(training, "_Trainer", None)
+    monkeypatch.setattr(training, "Trainer", None)
     result = train(MODEL, TRAIN, data_dir, undisturbed)
     assert result == json.loads((undisturbed / RESULT).read_text())
 
@@ -357,8 +357,8 @@ def test_seconds_are_those_of_the_steps_alone(data_dir, tmp_path, monkeypatch):
         return run
 
     for owner, name in (
-        (training._Trainer, "_evaluate"),
-        (training._Trainer, "_warm_up"),
+        (training.Trainer, "_evaluate"),
+        (training.Trainer, "_warm_up"),
         (checkpoint, "save"),
     ):
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name)))
@@ -371,13 +371,13 @@ def test_seconds_are_those_of_the_steps_alone(data_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(value, data_dir, tmp_path, monkeypatch):
-    loss = training._Trainer._loss
+    loss = training.Trainer._loss
 
     def broken(self, model, x, y):
         self.calls = getattr(self, "calls", 0) + 1
         return loss(self, model, x, y) * (value if self.calls >= 12 else 1)
 
-    monkeypatch.setattr(training._Trainer, "_loss", broken)
+    monkeypatch.setattr(training.Trainer, "_loss", broken)
     config = _train_config(log_every=2, timing_warmup=0)
     result = train(MODEL, config, data_dir, tmp_path / "run")
     assert result["status"] == "failed"
@@ -426,7 +426,7 @@ def test_two_processes_equal_two_micro_batches(data_dir, tmp_path):
 def test_grad_accum_must_be_shared_evenly(data_dir, tmp_path):
     group = training.ProcessGroup(rank=0, world=3)
     with pytest.raises(ValueError, match="grad_accum must be a multiple of the 3 processes, got 2"):
-        training._Trainer(MODEL, TRAIN, TokenData(data_dir), group)
+        training.Trainer(MODEL, TRAIN, TokenData(data_dir), group)
 
 
 def test_the_chosen_backend_runs_and_is_recorded(undisturbed, data_dir, tmp_path):

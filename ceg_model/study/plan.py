@@ -137,9 +137,9 @@ _TRAIN = {
 }
 
 # 11x compute from S to L. Every evaluation reads 6 to 8 thousand tokens: the luck of a small
-# evaluation set shifts a gain in all seeds alike, so no interval over seeds shows it. The rates are
-# those at which the baseline's own seeds agree best: without norms, twice this rate at L parts two
-# seeds by 0.06 nats, and four times leaves one of them stuck.
+# evaluation set shifts a gain in all seeds alike, so no interval over seeds shows it. The rate
+# of L comes from a few trials: without norms, twice this rate parts two seeds by 0.06 nats, four
+# times leaves one of them stuck. S is at the usual rate and M between; no rate was swept.
 _NANO = (
     _scale("S", layers=2, width=32, heads=2, length=128, batch_size=4, lr=2e-3,
            steps=280, eval_every=12, eval_batches=12),

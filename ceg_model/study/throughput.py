@@ -24,7 +24,7 @@ from ceg_model.data import TokenData
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
 from ceg_model.study.plan import Plan, Scale, backends_of, model_config
-from ceg_model.train import _Trainer, resolve_device
+from ceg_model.train import Trainer, resolve_device
 from ceg_model.train_config import TrainConfig
 
 KINDS = ("study", "reference", "torch", "ours")
@@ -66,7 +66,7 @@ def measure(
     steppers = {}
     with ProcessGroup.joined(resolve_device(train.device)) as group:
         for key in backends:
-            steppers[key] = _Trainer(key[0], train, data, group)
+            steppers[key] = Trainer(key[0], train, data, group)
         samples = _rounds(steppers, backends, plan, progress)
     flops = {key: stepper.model_flops for key, stepper in steppers.items()}
     base = keys[plan.baseline, "study"]
@@ -121,7 +121,7 @@ def _rounds(
 
 def _steps(stepper: Any, count: int) -> None:
     for step in range(1, count + 1):
-        loss, _ = stepper._step(step)
+        loss, _ = stepper.step(step)
     loss.item()  # waits for the device
 
 
