@@ -49,6 +49,17 @@ def shifted(k, *, seeds=2, scale="", size=1.0, rate=1.3e12, loss=law):
     return runs
 
 
+def test_an_equal_arm_reaches_the_default_target_however_far_apart_the_seeds_end():
+    runs = []
+    for seed, worse in (("0", 0.0), ("1", 0.3)):
+        loss = law(STEPS) + worse
+        runs.append(curve("baseline", loss, STEPS, seed=seed))
+        runs.append(curve("arm", loss + 1e-7, STEPS, seed=seed))  # a kernel's rounding
+    out = estimate(runs)["arms"]["arm"]
+    assert out["status"] == "ok"
+    assert out["g_alg"] == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize("k", [0.9, 1.0, 1.5, 2.5, 4.0])
 def test_known_shift_is_found(k):
     out = estimate(shifted(k))["arms"]["arm"]

@@ -2,9 +2,9 @@
 
 A *cell* is one scale and budget: arms are compared inside a cell, seed by seed.
 
-Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute,
-averaged over seeds. At the very end the target would be the extreme of the baseline's own noise,
-and an arm that is equal would fail to reach it half of the time.
+Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute, that of
+its worst seed, so that every seed gets there with room to spare. At the very end the target would
+be the extreme of the baseline's own noise, and an arm that is equal would miss it half of the time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def choose_target(cell: Cell, options: Options) -> None:
             _refuse_risen(cell, final, lowest)
     else:
         at = [loss_at(c, TARGET_FRACTION * c.flops[-1], best=True) for c in base]
-        cell.target = max(float(np.mean(at)), lowest)
+        cell.target = max(at)
 
 
 def _target_at(cell: Cell, base: list[Curve], flops: float) -> None:
