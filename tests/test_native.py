@@ -4,6 +4,7 @@ except where a test says so; the accuracy of the kernels is the business of the 
 import glob
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,7 +195,10 @@ def test_torch_parameters_are_taken_as_they_are():
 
 def test_roofs():
     assert LEVELS[0] == "portable"
-    assert _C.isa_levels()["default"] == LEVELS[-1]
+    # On Intel the bf16 dot product is slower than fp32 FMA: csrc/cpu/isa.cpp has the numbers.
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    preferred = [level for level in LEVELS if not (intel and level == "avx512bf16")]
+    assert _C.isa_levels()["default"] == preferred[-1]
     assert set(LEVELS) <= set(_C.isa_levels()["built"])
     for isa in LEVELS:
         assert _C.fma_flops("float32", 1, 0.01, isa) > _C.fma_flops("float64", 1, 0.01, isa) / 4 > 0
