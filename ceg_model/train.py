@@ -24,7 +24,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -104,6 +104,32 @@ def train(
     A loss that is not finite ends the run with status "failed" and a reason. `note` gets the rare
     lines that a person must see.
     """
+    rows = training(
+        model_config, train_config, data_dir, run_dir, progress=progress, stop_at=stop_at, note=note
+    )
+    while True:
+        try:
+            next(rows)
+        except StopIteration as end:
+            return end.value
+
+
+def training(
+    model_config: GPTConfig,
+    train_config: TrainConfig,
+    data_dir: str | Path,
+    run_dir: str | Path,
+    *,
+    progress: ProgressFn | None = None,
+    stop_at: int | Callable[[], bool] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    lockstep: str | None = None,
+) -> Generator[int, None, dict[str, Any]]:
+    """`train`, a row at a time: yields the step of each row, and its value is the result.
+
+    For whoever drives several runs in turn; `lockstep`, the name of their group, goes to run.json.
+    The backend is a context variable: each generator must be advanced in a context of its own.
+    """
     data = TokenData(data_dir)
     if data.vocab_size > model_config.vocab_size:
         raise ValueError(
@@ -123,9 +149,12 @@ def train(
         if (finished := group.from_first(finished)) is not None:
             return finished
         trainer = Trainer(model_config, train_config, data, group)
-        return trainer.run(
-            folder, Path(run_dir), description, progress=progress, stop_at=stop_at, note=note
-        )
+        return (
+            yield from trainer.rows(
+                folder, Path(run_dir), description,
+                progress=progress, stop_at=stop_at, note=note, lockstep=lockstep,
+            )
+        )  # fmt: skip
 
 
 def run_description(
@@ -173,7 +202,7 @@ class Trainer:
         self.executed_flops: int | None = None  # known once _warm_up has seen the backends
         self.backends: dict[str, str] = {}
 
-    def run(
+    def rows(
         self,
         folder: RunDir | None,
         run_dir: Path,
@@ -182,12 +211,13 @@ class Trainer:
         progress: ProgressFn | None,
         stop_at: int | Callable[[], bool] | None,
         note: Callable[[str], None],
-    ) -> dict[str, Any]:
-        """Train to the end or to `stop_at`. Only the first process has a `folder`."""
+        lockstep: str | None = None,
+    ) -> Generator[int, None, dict[str, Any]]:
+        """Train to the end or to `stop_at`, yielding after each row. Only rank 0 has a `folder`."""
         self._warm_up()
         step, train_s = self._resume(run_dir, description["id"], note)
         if folder is not None:
-            folder.write_run({**description, **self._circumstances(folder, step)})
+            folder.write_run({**description, **self._circumstances(folder, step, lockstep)})
             folder.start_metrics(step)
         if isinstance(stop_at, int) and stop_at <= step < self.config.steps:
             return {"status": "stopped", "id": description["id"], "step": step}
@@ -211,6 +241,7 @@ class Trainer:
                 self._save(folder, step, train_s, description["id"])
             if stop:
                 return {"status": "stopped", "id": description["id"], "step": step}
+            yield step
         result = None
         if folder is not None:
             result = self._result(folder, description["id"], step, reason)
@@ -356,10 +387,10 @@ class Trainer:
             "grad_norm": norm,
         }
 
-    def _circumstances(self, folder: RunDir, step: int) -> dict[str, Any]:
+    def _circumstances(self, folder: RunDir, step: int, lockstep: str | None) -> dict[str, Any]:
         """The part of run.json that depends on the machine, with one entry per session."""
         earlier = (folder.run() or {}).get("sessions", [])
-        session = {"from_step": step, "processes": self.group.world}
+        session = {"from_step": step, "processes": self.group.world, "lockstep": lockstep}
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -16,6 +16,7 @@ import torch
 
 from ceg_kernels import OPS
 from ceg_model import cli, data
+from ceg_model.rundir import read_metrics
 from ceg_model.study.collect import collect
 from ceg_model.study.innovations import INNOVATIONS, config_changes, is_same_maths, kernel_ops
 from ceg_model.study.plan import PLANS, Plan, Scale, backends_of, model_config, plan_named, runs
@@ -36,12 +37,13 @@ PLAN = Plan(
     ),
     (0, 1),
     train={
-        "lr": 3e-3, "dtype": "float32", "device": "cpu", "eval_every": 4, "log_every": 2,
+        "lr": 3e-3, "dtype": "float32", "device": "cpu", "eval_every": 4, "log_every": 1,
         "eval_batches": 2, "checkpoint_every": 10,
     },
     timing_rounds=3,
     timing_seconds=0.1,
     workers=2,
+    lockstep=True,
 )  # fmt: skip
 OTHER = (
     "import sys; from tests.test_study import PLAN; from ceg_model.study.runner import run_study; "
@@ -146,6 +148,20 @@ def test_kernel_arm_is_equal_and_gains_are_there(study):
     assert timing["baseline"]["against_reference"]["gain"] == 1.0
     assert results["hardware"]["S"]["flash_attention"]["against_torch"] > 0
     assert results["complete"] == {"planned": 6, "done": 6, "failed": []}
+
+
+def test_lockstep_changes_no_loss_and_gives_a_common_clock(tmp_path, study, tokens):
+    alone = dataclasses.replace(PLAN, lockstep=False)
+    assert run_study(alone, tmp_path / "alone", tokens).done == 6
+    assert losses(tmp_path / "alone") == losses(study)
+    in_turn, one_by_one = collect(study), collect(tmp_path / "alone")
+    gains = in_turn["hardware"]["S"]["flash_attention"]
+    assert gains["source"] == "runs in lockstep"
+    assert gains["ci"][0] < gains["against_reference"] < gains["ci"][1]
+    gains = one_by_one["hardware"]["S"]["flash_attention"]
+    assert (gains["source"], gains["ci"]) == ("throughput benchmark", None)
+    raw = read_metrics(next(iter((study / "runs").iterdir())))
+    assert [row["step"] for row in raw] == list(range(1, 61))
 
 
 def test_report_of_a_real_study(study):

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ceg_model.data import TokenData
+from ceg_model.flops import model_flops
 from ceg_model.rundir import read_json
+from ceg_model.study import stats
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Curve, Key
 from ceg_model.study.estimate import estimate
 from ceg_model.study.innovations import INNOVATIONS, is_same_maths, kernel_ops
-from ceg_model.study.plan import Plan
+from ceg_model.study.lockstep import rate_gains
+from ceg_model.study.plan import Plan, RunSpec
 from ceg_model.study.runner import planned
 from ceg_model.study.store import FIRST_FAILURE, Store
 
@@ -30,6 +35,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
     index = store.index()
     curves: list[Curve] = []
     failed = []
+    clocks = store.clocks(run for run, _ in specs if index.get(run, {}).get("status") == "done")
     for run, spec in specs:
         result = index.get(run, {"status": "unfinished"})
         if result["status"] == "failed":
@@ -39,7 +45,8 @@ def collect(folder: str | Path) -> dict[str, Any]:
                 | {"reason": result["reason"] + (" (twice)" if again else "")}
             )
         elif result["status"] == "done":
-            curve = store.curve(run, Key(spec.arm, spec.scale, str(spec.seed)))
+            key = Key(spec.arm, spec.scale, str(spec.seed))
+            curve = store.curve(run, key, clocks.get(run))
             curves += [curve] if curve is not None else []
     order = {scale.name: i for i, scale in enumerate(plan.scales)}
     curves.sort(key=lambda c: (order[c.key.scale], plan.arms.index(c.key.arm), c.key.seed))
@@ -47,7 +54,8 @@ def collect(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} must hold a finished run of the baseline, got none yet")
     timings = {s.name: t for s in plan.scales if (t := store.throughput(s.name)) is not None}
     roofs = read_json(store.folder / ROOFS)
-    answer = estimate(curves, _options(plan, timings, roofs))
+    hardware = _hardware(plan, timings, _rates(plan, specs, clocks))
+    answer = estimate(curves, _options(plan, hardware, roofs))
     _mark_other_kernels(answer, study["ours"])
     done = sum(r["status"] == "done" for r in index.values())
     return {
@@ -58,7 +66,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "complete": {"planned": len(specs), "done": done, "failed": failed},
         "plan": study["plan"],
         "estimate": answer,
-        "hardware": _hardware(timings),
+        "hardware": hardware,
         "throughput": timings,
         "curves": [_curve(c) for c in curves],
         "bench": (read_json(store.folder / BENCH) or {}).get("rows", []),
@@ -68,7 +76,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def _options(plan: Plan, timings: dict[str, Any], roofs: dict[str, Any] | None) -> Options:
+def _options(plan: Plan, hardware: dict[str, Any], roofs: dict[str, Any] | None) -> Options:
     dtype = plan.train.get("dtype", "auto")
     return Options(
         peak_flops=(roofs or {}).get("flops", {}).get(dtype),
@@ -76,21 +84,56 @@ def _options(plan: Plan, timings: dict[str, Any], roofs: dict[str, Any] | None) 
         same_maths=frozenset(a for a in plan.arms[1:] if is_same_maths(a)),
         bundles={a: INNOVATIONS[a].parts for a in plan.arms if INNOVATIONS[a].parts},
         hardware={
-            scale: {arm: row["against_reference"]["gain"] for arm, row in timing["arms"].items()}
-            for scale, timing in timings.items()
+            scale: {arm: gains["against_reference"] for arm, gains in arms.items()}
+            for scale, arms in hardware.items()
         },
         untuned=not plan.tuned,
     )
 
 
-def _hardware(timings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        scale: {
-            arm: {kind: row[kind]["gain"] for kind in ("against_reference", "against_torch")}
-            for arm, row in timing["arms"].items()
-        }
-        for scale, timing in timings.items()
-    }
+def _rates(
+    plan: Plan, specs: list[tuple[str, RunSpec]], clocks: dict[str, list[float]]
+) -> dict[tuple[str, str], stats.Interval]:
+    """(scale, arm) -> ln of F_v / F_b over whole runs in lockstep, all seeds together."""
+    place = {(s.scale, s.seed, s.arm): (run, s) for run, s in specs if run in clocks}
+    logs: dict[tuple[str, str], list[np.ndarray]] = {}
+    for (scale, seed, arm), (run, spec) in place.items():
+        base, base_spec = place.get((scale, seed, plan.baseline), (None, spec))
+        if base is not None:
+            work = _flops_per_step(spec) / _flops_per_step(base_spec)
+            gains = rate_gains(np.array(clocks[base]), np.array(clocks[run]))
+            logs.setdefault((scale, arm), []).append(gains + np.log(work))
+    found = {key: stats.paired_interval(np.concatenate(parts)) for key, parts in logs.items()}
+    return {key: interval for key, interval in found.items() if interval is not None}
+
+
+def _flops_per_step(spec: RunSpec) -> int:
+    return model_flops(spec.model, batch=spec.train.batch_size * spec.train.grad_accum).total
+
+
+def _hardware(
+    plan: Plan, timings: dict[str, Any], rates: dict[tuple[str, str], stats.Interval]
+) -> dict[str, Any]:
+    """Scale -> arm -> G_hw: from runs in lockstep where there are any, else from the benchmark."""
+    out: dict[str, Any] = {}
+    for scale in plan.scales:
+        timed = timings.get(scale.name, {"arms": {}})["arms"]
+        arms: dict[str, Any] = {}
+        for arm in plan.arms:
+            rate, row = rates.get((scale.name, arm)), timed.get(arm)
+            if rate is None and row is None:
+                continue
+            bench = row["against_reference"]["gain"] if row else None
+            arms[arm] = {
+                "against_reference": float(np.exp(rate.mean)) if rate else bench,
+                "ci": list(rate.ratio) if rate else None,
+                "source": "runs in lockstep" if rate else "throughput benchmark",
+                "benchmark": bench,
+                "against_torch": row["against_torch"]["gain"] if row else None,
+            }
+        if arms:
+            out[scale.name] = arms
+    return out
 
 
 def _mark_other_kernels(answer: dict[str, Any], ours: dict[str, str | None]) -> None:

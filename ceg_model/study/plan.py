@@ -35,6 +35,9 @@ class Plan:
     timing_seconds: float = 10.0  # more rounds until this long
     workers: int = 2
     threads: int = 1  # of each worker
+    # The arms of a scale and seed take their rows in turn, in one worker: see lockstep.py. All of
+    # them are in memory together, so it is for models that fit.
+    lockstep: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ def model_config(arm: str, scale: Scale, vocab_size: int) -> GPTConfig:
 
 
 def runs(plan: Plan, ours: Mapping[str, str | None], vocab_size: int) -> Iterator[RunSpec]:
-    """All runs, longest first; the arms of one scale and seed are neighbours in time.
+    """All runs, longest first; the arms of one scale and seed are neighbours.
 
     So the last runs to finish are short, and whatever drifts on the machine hits all arms alike.
     """
@@ -134,6 +137,7 @@ _TRAIN = {
     "warmup_steps": 30,
     "dtype": "float32",
     "checkpoint_every": 100,
+    "log_every": 1,  # in lockstep a turn is a row
 }
 
 # 11x compute from S to L. Every evaluation reads 6 to 8 thousand tokens: the luck of a small
@@ -157,7 +161,8 @@ PLANS = {
             _PAPER_ARMS,
             _NANO,
             seeds=(0, 1),
-            train={**_TRAIN, "log_every": 4},
+            train=_TRAIN,
+            lockstep=True,
             note="the demo: minutes on two cores",
         ),
         Plan(
@@ -168,7 +173,8 @@ PLANS = {
                 _scale("M", layers=2, width=32, heads=2, length=64, steps=60, batch_size=8),
             ),
             seeds=(0, 1),
-            train={**_TRAIN, "warmup_steps": 5, "eval_every": 3, "log_every": 3, "eval_batches": 2},
+            train={**_TRAIN, "warmup_steps": 5, "eval_every": 3, "eval_batches": 2},
+            lockstep=True,
             timing_rounds=5,
             timing_seconds=1.0,
             note="proves that everything runs; its numbers mean nothing",

@@ -100,6 +100,7 @@ def _arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "answer": answer,
                 "trend": results["estimate"]["class"][arm],
                 "against_reference": own.get("against_reference", answer["g_hw"]),
+                "hardware_ci": own.get("ci"),
                 "against_torch": own.get("against_torch"),
             }
         )

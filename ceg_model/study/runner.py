@@ -7,6 +7,7 @@ reported; it is never dropped. Ctrl-C asks the workers to save and stop.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import time
@@ -49,6 +50,7 @@ class _Worker:
     pipe: Any
     job: Job | None = None
     share: float = 0.0  # of the present job
+    ended: set[str] = field(default_factory=set)  # runs of the present job
 
 
 def our_kernels(device: str) -> dict[str, str | None]:
@@ -139,6 +141,7 @@ class _Pool:
             if self.store.throughput(scale.name) is None:
                 self.queue.append(TimingJob(self.plan, scale, dict(ours), data_dir))
         index = self.store.index()
+        groups: dict[Any, dict[str, RunSpec]] = {}
         for run, spec in self.specs:
             result = index.get(run, {"status": "unfinished"})
             if result["status"] == "done":
@@ -146,7 +149,10 @@ class _Pool:
             elif result["status"] == "failed" and not self.store.set_aside_failure(run):
                 self.summary.failed.append((spec, result["reason"]))
             else:
-                self.queue.append(TrainJob(spec, run, str(self.store.path(run)), data_dir))
+                group = (spec.scale, spec.seed) if self.plan.lockstep else run
+                groups.setdefault(group, {})[run] = spec
+        for specs in groups.values():
+            self.queue.append(TrainJob(specs, str(self.store.runs), data_dir))
         self.total = sum(self.weights.values()) + len(self.plan.scales) * self.timing_weight
         self.left = sum(map(self._job_weight, self.queue))
 
@@ -184,7 +190,7 @@ class _Pool:
             self.queue.clear()
         for worker in self.workers:
             if worker.job is None and self.queue:
-                worker.job, worker.share = self.queue.popleft(), 0.0
+                worker.job, worker.share, worker.ended = self.queue.popleft(), 0.0, set()
                 worker.pipe.send(worker.job)
 
     def _listen(self) -> None:
@@ -196,37 +202,41 @@ class _Pool:
                 self._replace(worker)
                 continue
             if kind == "step":
-                worker.share = content[0] / content[1]
-            elif kind == "done":
-                self._finished(worker, content[0])
+                worker.share = content[0]
+            elif kind == "ended":
+                self._ended(worker, *content)
             else:
-                self._failed(worker, content[0])
+                self._done(worker, content[0])
         self._show()
 
-    def _finished(self, worker: _Worker, result: dict[str, Any]) -> None:
-        job, worker.job = worker.job, None
-        assert job is not None
-        self.left -= self._job_weight(job)
-        if isinstance(job, TimingJob):
-            self.store.write_throughput(job.scale.name, result)
-        elif result["status"] == "done":
+    def _ended(self, worker: _Worker, run: str, result: dict[str, Any]) -> None:
+        """A run is over; its job may have others that go on."""
+        assert isinstance(worker.job, TrainJob)
+        worker.ended.add(run)
+        if result["status"] == "done":
             self.summary.done += 1
         elif result["status"] == "stopped":
             self.summary.stopped = True
         else:
-            self._retry(job, result["reason"])
+            alone = dataclasses.replace(worker.job, specs={run: worker.job.specs[run]})
+            self._retry(alone, result["reason"])
 
-    def _failed(self, worker: _Worker, reason: str) -> None:
+    def _done(self, worker: _Worker, timing: dict[str, Any] | None) -> None:
         job, worker.job = worker.job, None
         assert job is not None
         self.left -= self._job_weight(job)
-        self._retry(job, reason)
+        if isinstance(job, TimingJob) and timing is not None:
+            if timing.get("status") == "failed":
+                self._retry(job, timing["reason"])
+            else:
+                self.store.write_throughput(job.scale.name, timing)
 
     def _retry(self, job: Job, reason: str) -> None:
         name = _name(job)
         again = name not in self.tried
         if isinstance(job, TrainJob):
-            again = again and self.store.set_aside_failure(job.run_id)
+            free = [self.store.set_aside_failure(run) for run in job.specs]
+            again = again and all(free)
         self.tried.add(name)
         if again:
             self.note(f"{name} failed ({reason}); trying once more")
@@ -235,17 +245,21 @@ class _Pool:
             return
         self.note(f"{name} failed twice: {reason}")
         if isinstance(job, TrainJob):
-            self.summary.failed.append((job.spec, reason))
-        # Without a benchmark the estimator takes F from the runs themselves.
+            self.summary.failed += [(spec, reason) for spec in job.specs.values()]
 
     def _replace(self, worker: _Worker) -> None:
         """A worker died (killed, out of memory, or a bug whose traceback it printed)."""
         worker.process.join()
         code = worker.process.exitcode
         place = self.workers.index(worker)
-        self.workers[place] = fresh = self._start(place)
-        fresh.job = worker.job
-        self._failed(fresh, f"its process ended with status {code}")
+        self.workers[place] = self._start(place)
+        job = worker.job
+        assert job is not None
+        self.left -= self._job_weight(job)
+        if isinstance(job, TrainJob):
+            rest = {run: spec for run, spec in job.specs.items() if run not in worker.ended}
+            job = dataclasses.replace(job, specs=rest)
+        self._retry(job, f"its process ended with status {code}")
 
     def _ask_to_stop(self) -> None:
         self.stop.set()
@@ -258,7 +272,7 @@ class _Pool:
             ready = wait([w.pipe for w in busy], timeout=1.0)
             for worker in [w for w in busy if w.pipe in ready]:
                 try:
-                    if worker.pipe.recv()[0] != "step":
+                    if worker.pipe.recv()[0] == "done":
                         worker.job = None
                 except (EOFError, ConnectionResetError):
                     worker.job = None
@@ -275,7 +289,9 @@ class _Pool:
             worker.pipe.close()
 
     def _job_weight(self, job: Job) -> float:
-        return self.timing_weight if isinstance(job, TimingJob) else self.weights[job.run_id]
+        if isinstance(job, TimingJob):
+            return self.timing_weight
+        return sum(self.weights[run] for run in job.specs)
 
     def _show(self) -> None:
         running = [w for w in self.workers if w.job is not None]
@@ -289,7 +305,9 @@ class _Pool:
 def _name(job: Job) -> str:
     if isinstance(job, TimingJob):
         return f"{job.scale.name} timing"
-    return f"{job.spec.scale} {job.spec.arm} {job.spec.seed}"
+    first, *others = job.specs.values()
+    arms = f"{len(others) + 1} arms" if others else first.arm
+    return f"{first.scale} {arms} {first.seed}"
 
 
 def _weight(spec: RunSpec) -> float:

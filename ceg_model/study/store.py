@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ceg_model.rundir import METRICS, RESULT, RUN, read_json, read_metrics, write_json
 from ceg_model.study.curves import Curve, Key, make_curve
+from ceg_model.study.lockstep import common_clock
 
 STUDY, RUNS, THROUGHPUT, REPORT = "study.json", "runs", "throughput", "report"
 FIRST_FAILURE = "result.failed-1.json"
@@ -92,13 +95,34 @@ class Store:
             os.replace(folder / RESULT, folder / FIRST_FAILURE)
         return True
 
-    def curve(self, run_id: str, key: Key) -> Curve | None:
-        """The evaluations of a run that has any."""
+    def clocks(self, runs: Iterable[str]) -> dict[str, list[float]]:
+        """Training seconds at each row, for the runs that were trained in lockstep: on their
+        group's common clock (lockstep.py). Two runs are too few to tell the machine's speed.
+        """
+        groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for run in runs:
+            sessions = (read_json(self.path(run) / RUN) or {}).get("sessions", [])
+            names = {session.get("lockstep") for session in sessions}
+            if len(names) == 1 and (name := names.pop()) is not None:
+                groups.setdefault(name, {})[run] = read_metrics(self.path(run))
+        clocks: dict[str, list[float]] = {}
+        for group in groups.values():
+            grids = {tuple(row["step"] for row in rows) for rows in group.values()}
+            if len(group) > 2 and len(grids) == 1:
+                raw = np.array([[row["train_s"] for row in rows] for rows in group.values()])
+                clocks |= dict(zip(group, common_clock(raw).tolist(), strict=True))
+        return clocks
+
+    def curve(self, run_id: str, key: Key, clock: list[float] | None = None) -> Curve | None:
+        """The evaluations of a run that has any; `clock`, its seconds where not those measured."""
         folder = self.path(run_id)
         run = read_json(folder / RUN)
         if run is None or not (folder / METRICS).is_file():
             return None
-        rows = [row for row in read_metrics(folder) if row["eval_loss"] is not None]
+        rows = read_metrics(folder)
+        for row, seconds in zip(rows, clock or [], strict=clock is not None):
+            row["train_s"] = seconds
+        rows = [row for row in rows if row["eval_loss"] is not None]
         if not rows:
             return None
         train, data = run["train"], run["data"]

@@ -1,8 +1,8 @@
 """F_v / F_b without drift: steps of all arms of a scale, one of each in turn, in one process.
 
-The seconds of whole runs, made one after the other, differ by what else the machine did meanwhile.
-Here a round is a few steps of every variant, rounds start at another one each, and a gain is the
-median over rounds of the ratio within a round.
+For variants that are not trained (stock torch, all of our kernels), and for studies whose runs are
+not in lockstep (lockstep.py tells why turns are single steps). Rounds start at another variant
+each, and a gain is the median over rounds of the ratio within a round.
 
 Variants of an arm: "study" (the backends its runs used), "reference" and "torch" (all ops there),
 "ours" (the automatic choice: our kernel wherever one is built). Equal variants are timed once.
@@ -28,7 +28,7 @@ from ceg_model.train import Trainer, resolve_device
 from ceg_model.train_config import TrainConfig
 
 KINDS = ("study", "reference", "torch", "ours")
-WARM_UP, MAX_ROUNDS, TIMED_STEPS = 1, 200, 2
+WARM_UP, MAX_ROUNDS = 2, 400
 
 Backends = dict[str, str] | None
 
@@ -107,22 +107,15 @@ def _rounds(
             turn = order[r % len(order) :] + order[: r % len(order)]
             for key in turn:
                 with use_backend(backends[key]):
-                    # The others have emptied the caches, which a run finds warm.
-                    _steps(steppers[key], 1)
                     start = time.perf_counter()
-                    _steps(steppers[key], TIMED_STEPS)
-                    seconds[key].append((time.perf_counter() - start) / TIMED_STEPS)
+                    loss, _ = steppers[key].step(1 + max(r, 0))
+                    loss.item()  # waits for the device
+                    seconds[key].append(time.perf_counter() - start)
         finally:
             gc.enable()
         share = min((time.monotonic() - begun) / plan.timing_seconds, (r + 1) / plan.timing_rounds)
         progress(round(100 * min(max(share, 0.0), 1.0)), 100, "timing")
     return {key: np.array(times[WARM_UP:]) for key, times in seconds.items()}
-
-
-def _steps(stepper: Any, count: int) -> None:
-    for step in range(1, count + 1):
-        loss, _ = stepper.step(step)
-    loss.item()  # waits for the device
 
 
 def _timing(samples: np.ndarray) -> dict[str, float]:

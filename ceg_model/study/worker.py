@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ceg_model.progress import ProgressFn
 from ceg_model.study.plan import Plan, RunSpec, Scale
 
 SEND_INTERVAL_S = 0.3
@@ -21,9 +22,10 @@ SEND_INTERVAL_S = 0.3
 
 @dataclass(frozen=True)
 class TrainJob:
-    spec: RunSpec
-    run_id: str
-    run_dir: str
+    """Runs to be trained in turn: the arms of one scale and seed, or a single run."""
+
+    specs: dict[str, RunSpec]  # by run id
+    folder: str  # of all runs
     data_dir: str
 
 
@@ -41,7 +43,10 @@ Job = TrainJob | TimingJob
 def work(
     pipe: Connection, stop: Any, threads: int, deadline: float | None, gpu: int | None
 ) -> None:
-    """Messages sent: ("step", done, total, text), ("done", result), ("failed", reason)."""
+    """Messages sent: ("step", share, text), ("ended", run id, result), ("done", result or None).
+
+    The result of a run that failed has status "failed" and a reason; so has that of a timing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # before torch looks for GPUs
@@ -49,46 +54,72 @@ def work(
     import torch
 
     torch.set_num_threads(threads)
+    send = _Sender(pipe)
     while (job := pipe.recv()) is not None:
-        try:
-            pipe.send(("done", _do(job, pipe, stop, deadline)))
-        # What a run can die of; anything else is a bug, ends the worker and is reported as such.
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            OSError,
-            ArithmeticError,
-            MemoryError,
-        ) as error:
-            pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        if isinstance(job, TimingJob):
+            pipe.send(("done", _time(job, send)))
+        else:
+            _train(job, send, stop, deadline)
+            pipe.send(("done", None))
 
 
-def _do(job: Job, pipe: Connection, stop: Any, deadline: float | None) -> dict[str, Any]:
+class _Sender:
+    """Progress over the pipe, a few times a second."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe, self.last = pipe, 0.0
+
+    def progress(self, done: float, total: float) -> None:
+        if time.monotonic() - self.last > SEND_INTERVAL_S:
+            self.last = time.monotonic()
+            self.pipe.send(("step", done / total))
+
+
+def _time(job: TimingJob, send: _Sender) -> dict[str, Any]:
     from ceg_model.study import throughput
-    from ceg_model.train import train
-
-    last = 0.0
+    from ceg_model.study.lockstep import RUN_ERRORS
 
     def progress(done: int, total: int, text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > SEND_INTERVAL_S:
-            last = time.monotonic()
-            pipe.send(("step", done, total, text))
+        send.progress(done, total)
+
+    try:
+        return throughput.measure(job.plan, job.scale, job.ours, job.data_dir, progress)
+    except RUN_ERRORS as error:
+        return _failed(error)
+
+
+def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> None:
+    from ceg_model.study.lockstep import in_turn
+    from ceg_model.train import training
+
+    shares = dict.fromkeys(job.specs, 0.0)
+
+    def progress_of(run: str) -> ProgressFn:
+        def progress(done: int, total: int, text: str) -> None:
+            shares[run] = done / total
+            send.progress(sum(shares.values()), len(shares))
+
+        return progress
 
     def stops() -> bool:
         return stop.is_set() or (deadline is not None and time.time() > deadline)
 
-    if isinstance(job, TimingJob):
-        return throughput.measure(job.plan, job.scale, job.ours, job.data_dir, progress)
-    return train(
-        job.spec.model,
-        job.spec.train,
-        job.data_dir,
-        job.run_dir,
-        progress=progress,
-        stop_at=stops,
-    )
+    together = "-".join(job.specs) if len(job.specs) > 1 else None
+    rows = {
+        run: training(
+            spec.model, spec.train, job.data_dir, os.path.join(job.folder, run),
+            progress=progress_of(run), stop_at=stops, lockstep=together,
+        )
+        for run, spec in job.specs.items()
+    }  # fmt: skip
+    for run, result in in_turn(rows):
+        shares[run] = 1.0
+        ended = _failed(result) if isinstance(result, Exception) else result
+        send.pipe.send(("ended", run, ended))
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
 def _leave_with_parent(parent: int) -> None:
