@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
+from build_backend import find  # of cmake/, which pyproject.toml puts on the path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -28,8 +29,7 @@ class CMakeBuild(build_ext):
         headers = build / f"pybind11-{pybind11.__version__}"
         if not headers.exists():
             shutil.copytree(pybind11.get_include(), headers)
-        path = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
-        cmake, ninja = (shutil.which(tool, path=path) or tool for tool in ("cmake", "ninja"))
+        cmake, ninja = (find(tool) or tool for tool in ("cmake", "ninja"))
         hash_sources = runpy.run_path(str(ROOT / "ceg_kernels/build.py"))["hash_sources"]
         options = {
             "CMAKE_MAKE_PROGRAM": ninja,

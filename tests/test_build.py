@@ -1,8 +1,10 @@
 """How the native module is built, and how a build that is out of date is noticed."""
 
 import os
+import runpy
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,43 @@ def test_configuring_says_in_one_line_what_becomes_of_cuda(tmp_path, cuda, cudac
     output = " ".join((done.stdout + done.stderr).split())  # CMake wraps its errors
     assert (done.returncode != 0) == bool(status), output
     assert text in output
+
+
+@pytest.fixture
+def backend(monkeypatch, tmp_path):
+    """pip's build backend, in an environment that has no tools of its own."""
+    pytest.importorskip("setuptools")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    return runpy.run_path(str(ROOT / "cmake/build_backend.py"))
+
+
+def program(folder, name, says, status=0):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\necho {says}\nexit {status}\n")
+    (folder / name).chmod(0o755)
+    return str(folder / name)
+
+
+def test_a_build_asks_for_the_tools_that_are_missing(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert backend["_missing"]() == ["cmake>=3.24", "ninja>=1.5"]
+    program(tmp_path / "old", "cmake", "cmake version 3.9.9")
+    program(tmp_path / "broken", "cmake", "cmake version 9.0.0", status=1)
+    monkeypatch.setenv("PATH", f"{tmp_path}/old:{tmp_path}/broken")
+    assert backend["find"]("cmake") is None
+    good = program(tmp_path / "good", "cmake", "cmake version 3.24.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}/old:{tmp_path}/broken:{tmp_path}/good")
+    assert backend["find"]("cmake") == good
+    assert backend["_missing"]() == ["ninja>=1.5"]
+
+
+def test_the_tools_of_the_environment_come_first(backend, tmp_path, monkeypatch):
+    """So that builds with and without isolation use the same ones: others compile anew."""
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    for name, says in (("cmake", "cmake version 4.0.0"), ("ninja", "1.12.0")):
+        program(tmp_path / "path", name, says)
+    own = program(tmp_path / "scripts", "ninja", "1.11.1.git")
+    binaries = tmp_path / "platlib/cmake/data/bin"
+    binaries.mkdir(parents=True)
+    binary = program(binaries, "cmake", "cmake version 3.30.1")
+    assert (backend["find"]("cmake"), backend["find"]("ninja")) == (binary, own)
