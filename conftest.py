@@ -11,6 +11,7 @@ import pytest
 
 SHAPE_GROUPS = ("quick", "gpt2", "llama", "moe", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+PEERS = ("torch", "reference", "eager", "compile")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,12 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default=None, help="cpu or cuda (default: cuda where torch can use a GPU)"
     )
     group.addoption(
-        "--peers", action="store_true", dest="peers", default=True,
-        help="time stock torch and the reference beside ours (the default)",
+        "--peers", metavar="NAMES", default="torch,reference",
+        help=f"what to time beside ours, some of {','.join(PEERS)} (default: %(default)s)",
     )  # fmt: skip
     group.addoption(
-        "--no-peers", action="store_false", dest="peers", help="time only our own backends"
-    )
+        "--no-peers", action="store_const", const="", dest="peers",
+        help="time only our own backends",
+    )  # fmt: skip
     group.addoption(
         "--results", metavar="PATH", default=None,
         help="append the rows to this .jsonl file; a folder gets <machine>.jsonl in it",
@@ -45,10 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its own options
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    for dtype in config.getoption("--dtypes").split(","):
-        if dtype not in DTYPES:
-            expected = ", ".join(DTYPES)
-            raise pytest.UsageError(f"--dtypes must be some of {expected}, got {dtype!r}")
+    for name, known in (("dtypes", DTYPES), ("peers", (*PEERS, ""))):
+        for value in config.getoption(name).split(","):
+            if value not in known:
+                expected = ", ".join(filter(None, known))
+                raise pytest.UsageError(f"--{name} must be some of {expected}, got {value!r}")
     wanted = config.getoption("--benchmark")
     if importlib.util.find_spec("pytest_benchmark") is None:
         if wanted:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ceg_kernels.measure import Case, Result, Roofs, cases, measure, run_case
-from ceg_kernels.measure.suite import STOCK
+from ceg_kernels.measure.suite import PEERS
 from ceg_kernels.measure.table import render, roofs_lines
 
 ROWS = pytest.StashKey[list]()
@@ -27,11 +27,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     group, dtypes = config.getoption("--shapes"), config.getoption("--dtypes").split(",")
+    peers = config.getoption("peers").split(",")
     found = [
         pytest.param(case, backend, id=f"{case}-{backend}")
         for case in cases(group, dtypes=dtypes, device=_device(config))
-        for backend in case.backends()
-        if config.getoption("peers") or backend not in STOCK
+        for backend in (*case.backends(), *case.formulas())
+        if backend in peers or backend not in PEERS
     ]
     metafunc.parametrize(("case", "backend"), found)
 

@@ -4,6 +4,8 @@ backward ops, autocast, and torch.compile without a graph break.
 Upstream gradients are random everywhere: `.sum().backward()` cannot see errors that sum to zero.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -31,6 +33,13 @@ def _randn(*shape, seed=0):
 def _moe(x, logits, bias=None, score="softmax", capacity=None):
     routing = moe_route(logits, 2, bias=bias, score=score)
     rows, plan = moe_dispatch(x, routing, capacity=capacity)
+    return moe_combine(torch.tanh(rows), plan, routing.weights)
+
+
+def _moe_of_another_router(x, logits):
+    weights, ids = logits.softmax(-1).topk(2)
+    routing = Routing.of(weights, ids, logits.shape[1])
+    rows, plan = moe_dispatch(x, routing)
     return moe_combine(torch.tanh(rows), plan, routing.weights)
 
 
@@ -74,6 +83,7 @@ def _cases():
     yield "moe softmax", _moe, (_randn(6, 4), _randn(6, 3))
     yield "moe sigmoid", lambda x, z: _moe(x, z, score="sigmoid"), (_randn(6, 4), _randn(6, 3))
     yield "moe capacity", lambda x, z: _moe(x, z, capacity=2), (_randn(6, 4), _randn(6, 3))
+    yield "moe of another router", _moe_of_another_router, (_randn(6, 4), _randn(6, 3))
     yield (
         "moe bias",
         lambda x, z: _moe(x, z, bias=torch.tensor([0.5, 0.0, -0.5], dtype=z.dtype)),
@@ -81,23 +91,33 @@ def _cases():
     )
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("call", "inputs"), [pytest.param(c, i, id=n) for n, c, i in _cases()])
+def _grid(backends):
+    for (name, call, inputs), backend in itertools.product(_cases(), backends):
+        if not (backend == "torch" and "softcap" in name):  # which stock torch has not
+            yield pytest.param(call, inputs, backend, id=f"{name}-{backend}")
+
+
+# `cpu` is the best level; those between are held to the fp64 reference in test_ops.py.
+CHECKED = ("cpu", "cpu:portable", "torch", "reference")
+
+
+@pytest.mark.parametrize(("call", "inputs", "backend"), list(_grid(CHECKED)))
 def test_gradcheck(call, inputs, backend):
     with use_backend(backend):
         assert gradcheck(call, [t.clone().requires_grad_() for t in inputs], atol=1e-7)
 
 
-@pytest.mark.parametrize(("call", "inputs"), [pytest.param(c, i, id=n) for n, c, i in _cases()])
-def test_compiles_without_a_graph_break_to_the_same_numbers(call, inputs):
+@pytest.mark.parametrize(("call", "inputs", "backend"), list(_grid(["cpu", "torch", "reference"])))
+def test_compiles_without_a_graph_break_to_the_same_numbers(call, inputs, backend):
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     eager_in = [t.float().requires_grad_() for t in inputs]
     compiled_in = [t.float().requires_grad_() for t in inputs]
-    eager, out = _flat(call(*eager_in)), _flat(compiled(*compiled_in))
-    grads = [torch.randn_like(o) for o in eager]
-    torch.autograd.backward(eager, grads)
-    torch.autograd.backward(out, grads)
+    with use_backend(backend):
+        eager, out = _flat(call(*eager_in)), _flat(compiled(*compiled_in))
+        grads = [torch.randn_like(o) for o in eager]
+        torch.autograd.backward(eager, grads)
+        torch.autograd.backward(out, grads)
     for a, b in zip((*eager, *eager_in), (*out, *compiled_in), strict=True):
         torch.testing.assert_close(a, b)
         if a.is_leaf:

@@ -18,7 +18,13 @@ from ceg_kernels import OPS
 from ceg_model import cli, data
 from ceg_model.rundir import read_metrics
 from ceg_model.study.collect import collect
-from ceg_model.study.innovations import INNOVATIONS, config_changes, is_same_maths, kernel_ops
+from ceg_model.study.innovations import (
+    INNOVATIONS,
+    config_changes,
+    is_same_maths,
+    kernel_ops,
+    train_changes,
+)
 from ceg_model.study.plan import PLANS, Plan, Scale, backends_of, model_config, plan_named, runs
 from ceg_model.study.report import write_report
 from ceg_model.study.runner import our_kernels, planned, run_study
@@ -84,8 +90,10 @@ def test_every_innovation_gives_a_model_that_differs_or_names_a_kernel():
     base = model_config("baseline", scale, 256)
     for name, entry in INNOVATIONS.items():
         config = model_config(name, scale, 256)
-        assert (config == base) == is_same_maths(name), name
+        same = config == base and not train_changes(name)
+        assert same == is_same_maths(name), name
         assert bool(kernel_ops(name)) == (entry.kind in ("kernel", "bundle"))
+        assert bool(train_changes(name)) == (entry.kind == "precision")
         assert all(op in OPS for op in kernel_ops(name))
         assert all(part in INNOVATIONS for part in entry.parts)
         assert all(p.source and p.what for p in entry.published)
@@ -125,7 +133,7 @@ def test_plan_round_trip_and_errors():
         Plan("x", ("rope",), PLAN.scales, (0,))
     with pytest.raises(ValueError, match="seeds must be there and differ"):
         Plan("x", ("baseline",), PLAN.scales, (0, 0))
-    with pytest.raises(ValueError, match="PLAN must be one of nano, smoke, got 'x'"):
+    with pytest.raises(ValueError, match="PLAN must be one of nano, precision, smoke, got 'x'"):
         plan_named("x")
 
 

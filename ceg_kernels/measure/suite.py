@@ -1,7 +1,8 @@
 """What is benchmarked: every op x direction x shape x dtype, and the backends that can run it.
 
 A `Case` is one set of inputs; all backends are timed on it in the same interleaved rounds, so a row
-is comparable with the other rows of its case. `bench/` and `ceg demo` both run these cases.
+is comparable with the other rows of its case. `bench/` and `ceg demo` both run these cases. Beside
+backends a case can run the peers of measure/peers.py; "backend" below means either.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from typing import Any
 
 import torch
 
-from ceg_kernels.measure import accuracy
+from ceg_kernels.measure import accuracy, peers
 from ceg_kernels.measure.ceilings import Roofs, measure
 from ceg_kernels.measure.clock import Timing, call_seconds, time_interleaved
 from ceg_kernels.measure.roofline import bench_row, least_seconds
-from ceg_kernels.op import OPS, Cost, Op, use_backend
+from ceg_kernels.op import OPS, Backend, Cost, Op, use_backend
 
 GROUPS = ("quick", "gpt2", "llama", "moe", "all")
 DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 STOCK = ("torch", "reference")  # backends that are not ours
+PEERS = (*STOCK, *peers.NAMES)
+# What a plain formula in half precision may err, in units of what ours may: a wrong one errs more.
+LOOSE = 10.0
 
 Row = dict[str, Any]
 
@@ -72,6 +76,11 @@ class Case:
         names = [b.name for b in self.ops[0].backends if ":" not in b.name]
         return [name for name in names if all(name in found for found in able)]
 
+    def formulas(self) -> tuple[str, ...]:
+        """The peers of measure/peers.py that can run it; they have no backward apart from their forward."""
+        known = self.direction != "bwd" and self.op in peers.FORMULAS
+        return peers.NAMES if known else ()
+
     def same(self, backend: str, other: str) -> bool:
         """True where the two are one implementation: one measurement serves both."""
         return all(op.backend(backend).run is op.backend(other).run for op in self.ops)
@@ -79,23 +88,39 @@ class Case:
     def call(self, backend: str, args: tuple) -> Callable[[], Any]:
         """One execution by that backend, without our dispatcher around it."""
         if self.direction != "fwd_bwd":
-            run = self.ops[0].backend(backend).run
+            run = _backend(self.ops[0], backend).run
             return lambda: run(*args)
         return _forward_backward(self.ops[0], backend, args)
 
+    def fails(self, peer: str, args: tuple) -> str | None:
+        """Runs a peer once, and so compiles it; the error that it raises, or None."""
+        try:
+            self.call(peer, args)()
+        except RuntimeError as error:  # torch.compile without a compiler, scores without memory
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return None
+
     def errors(self, backends: Iterable[str], args: tuple) -> dict[str, float]:
-        """By backend, the worst output's error as a share of what is allowed: above 1 is wrong."""
+        """By backend, the worst output's error as a share of what is allowed: above 1 is wrong.
+
+        Of a peer's forward and backward only the forward: the rest is torch's autograd.
+        """
         worst = dict.fromkeys(backends, 0.0)
         for op in self.ops:
             one_args = args if op is self.ops[0] else self._make(op)
             checked = _with_remembered_reference(op)
             for name in worst:
-                error = accuracy.error_over_slack(checked, op.backend(name), one_args)
+                if name not in peers.NAMES:
+                    error = accuracy.error_over_slack(checked, op.backend(name), one_args)
+                elif op is self.ops[0]:
+                    error = _formula_error(checked, _backend(op, name), one_args)
+                else:
+                    continue
                 worst[name] = max(worst[name], error)
         return worst
 
     def why_not(self, backend: str, args: tuple) -> str | None:
-        return self.ops[0].backend(backend).why_not(*args)
+        return _backend(self.ops[0], backend).why_not(*args)
 
     def _make(self, op: Op) -> tuple:
         return op.shapes[self.shape].make(getattr(torch, self.dtype), self.device)
@@ -147,8 +172,9 @@ def run_case(
 ) -> dict[str, Result]:
     """Check, then time the backends (all that can run it, unless named) on the same inputs.
 
-    A backend that refuses the arguments is left out. One of ours that fails the accuracy check gets
-    a row without a time.
+    A backend that refuses the arguments is left out. One of ours that fails the accuracy check, and
+    a peer that does not run or is wrong beyond rounding, gets a row without a time. Peers are
+    compiled before anything is timed.
     """
     args = case.args()
     cost = case.cost(args)
@@ -157,8 +183,12 @@ def run_case(
         for name in (case.backends() if backends is None else backends)
         if case.why_not(name, args) is None
     ]
-    errors = case.errors(names, args)
-    refused = {name: _refusal(name, errors[name]) for name in names}
+    if "compile" in names:
+        torch.compiler.reset()  # or the second shape would be compiled with symbolic sizes
+    tried = {name: case.fails(name, args) for name in names if name in peers.NAMES}
+    failed = {name: f"not timed: {why}" for name, why in tried.items() if why is not None}
+    errors = case.errors([name for name in names if name not in failed], args)
+    refused = failed | {name: _refusal(name, error) for name, error in errors.items()}
     # Where stock torch has nothing but the plain formula, that is measured once.
     twin = {"torch": "reference"} if {"torch", "reference"} <= set(names) else {}
     twin = {name: other for name, other in twin.items() if case.same(name, other)}
@@ -177,10 +207,10 @@ def run_case(
             timing = dataclasses.replace(timing, call_s=_call_s(case, name, args, timing))
         row = bench_row(
             op=case.op, direction=case.direction, backend=name,
-            peer=name if name in STOCK else None,
+            peer=name if name in PEERS else None,
             shape=case.shape, dtype=_dtype_name(args, case.dtype), device=case.device, cost=cost,
             roofs=roofs, timing=timing, reference=timings.get("reference"),
-            error_over_slack=errors[name], status=refused[name] or "ok",
+            error_over_slack=errors.get(name), status=refused[name] or "ok",
         )  # fmt: skip
         results[name] = Result(_explained(row, roofs, len(variants)), timing)
     return results
@@ -219,6 +249,10 @@ def quick_bench(
     return rows
 
 
+def _backend(op: Op, name: str) -> Backend:
+    return peers.find(op.name, name) or op.backend(name)
+
+
 def _able(op: Op, dtype: str, device: str) -> set[str]:
     """Backends that accept at least one of the op's own samples."""
     able: set[str] = set()
@@ -246,6 +280,21 @@ def _with_remembered_reference(op: Op) -> Op:
     return checked
 
 
+def _formula_error(op: Op, formula: Backend, args: tuple) -> float:
+    """The error of the outputs that a peer has, in whatever dtype it has them.
+
+    Integers count only where there is nothing else: equal scores may be ranked either way.
+    """
+    outs = accuracy.as_tuple(formula.run(*args))
+    likes = accuracy.as_tuple(op.fake(*args))[: len(outs)]
+    kept = [i for i, like in enumerate(likes) if like.is_floating_point()] or range(len(likes))
+    checked = copy.copy(op)
+    checked.reference = lambda *a: tuple(accuracy.as_tuple(op.reference(*a))[i] for i in kept)
+    checked.fake = lambda *a: tuple(accuracy.as_tuple(op.fake(*a))[i] for i in kept)
+    checked.fp32_reductions = tuple(n for n, i in enumerate(kept) if i in op.fp32_reductions)
+    return accuracy.compare(checked, tuple(outs[i].to(likes[i].dtype) for i in kept), args)
+
+
 def _depends_on(op: Op, dtype: str, device: str) -> bool:
     wanted = getattr(torch, dtype)
     first = next(iter(op.samples(wanted, device)))
@@ -261,8 +310,8 @@ def _dtype_name(args: tuple, dtype: str) -> str:
 def _forward_backward(op: Op, backend: str, args: tuple) -> Callable[[], Any]:
     """Forward and backward through autograd, as a training step runs them.
 
-    Ours go through the registered op; stock torch and the reference through torch's own autograd,
-    since that is what their users run.
+    Ours go through the registered op; peers through torch's own autograd, since that is what their
+    users run.
     """
     leaves = [
         a.detach().requires_grad_(True)
@@ -271,18 +320,19 @@ def _forward_backward(op: Op, backend: str, args: tuple) -> Callable[[], Any]:
         for a in args
     ]
     inputs = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
-    run = op.backend(backend).run if backend in STOCK else op
+    run = _backend(op, backend).run if backend in PEERS else op
+    forced = None if backend in PEERS else {op.name: backend}
 
     def forward() -> torch.Tensor:
         with torch.enable_grad():
             out = run(*leaves)
         return out[0] if isinstance(out, tuple | list) else out
 
-    with use_backend({op.name: backend}):
+    with use_backend(forced):
         upstream = torch.randn_like(forward())
 
     def call() -> Any:
-        with use_backend({op.name: backend}):
+        with use_backend(forced):
             return torch.autograd.grad(forward(), inputs, upstream, allow_unused=True)
 
     return call
@@ -291,7 +341,8 @@ def _forward_backward(op: Op, backend: str, args: tuple) -> Callable[[], Any]:
 def _refusal(backend: str, error: float) -> str | None:
     # Stock torch is timed whatever its rounding (bf16 scores, say): it is what users run, and the
     # error stands in the row. inf is no rounding: wrong shapes, integers or places of NaN.
-    if error <= 1.0 or (backend in STOCK and math.isfinite(error)):
+    fine = error <= (LOOSE if backend in peers.NAMES else 1.0)
+    if fine or (backend in STOCK and math.isfinite(error)):
         return None
     return f"not timed: error is {error:.3g} times the allowed"
 
@@ -307,9 +358,11 @@ def _more_variants(case: Case, cost: Cost, roofs: Roofs, most: int) -> list[tupl
 
 def _call_s(case: Case, backend: str, args: tuple, timing: Timing) -> float:
     """What the caller waits for one call through the public dispatcher."""
-    if case.direction == "fwd_bwd" or (backend in STOCK and case.device == "cpu"):
+    if case.direction == "fwd_bwd" or (backend in PEERS and case.device == "cpu"):
         return timing.median_s
     op = case.ops[0]
+    if backend in peers.NAMES:
+        return call_seconds(case.call(backend, args), min_time_s=min(0.02, timing.median_s))
     with use_backend({op.name.removesuffix("_backward"): backend}):
         return call_seconds(lambda: op(*args), min_time_s=min(0.02, timing.median_s))
 

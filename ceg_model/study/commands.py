@@ -22,7 +22,11 @@ def _add_study(subparsers: Any) -> None:
     study = subparsers.add_parser("study", help="run a study, write its report")
     commands = study.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run a plan; the same command goes on where it stopped")
-    run.add_argument("plan", metavar="PLAN", help="nano (minutes on two cores) or smoke (seconds)")
+    run.add_argument(
+        "plan",
+        metavar="PLAN",
+        help="nano (minutes on two cores), precision (is bf16 free?), smoke (seconds)",
+    )
     run.add_argument("--out", required=True, metavar="DIR", help="the study's folder")
     run.add_argument("--data", metavar="DIR", help=f"token shards (default: {DATA}, built in)")
     run.add_argument("--budget-minutes", type=float, metavar="M", help="stop after M minutes")

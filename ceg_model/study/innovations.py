@@ -9,6 +9,8 @@ for every op).
   (`relative`), because a study runs the same innovation at several model sizes.
 - kind "kernel" computes the same maths: it only names the ops that move to our kernels. Its C
   ratio is 1 by construction.
+- kind "precision" changes TrainConfig's dtype: the same formula, rounded more; whether the loss
+  notices is measured, not assumed.
 - a bundle names its parts and is the union of their changes.
 """
 
@@ -35,9 +37,10 @@ class Published:
 class Innovation:
     name: str
     title: str
-    kind: str  # "baseline" | "algorithm" | "kernel" | "bundle"
+    kind: str  # "baseline" | "algorithm" | "kernel" | "precision" | "bundle"
     config: dict[str, Any] = field(default_factory=dict)
     relative: dict[str, tuple[str, float]] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     paper_class: str | None = None
@@ -138,6 +141,7 @@ _ENTRIES = (
         note="the simplest sparse pattern; the paper's v2 runs native sparse attention",
     ),
     Innovation("qk_norm", "QK-norm", "algorithm", config={"qk_norm": True}),
+    Innovation("bf16", "bf16 autocast", "precision", train={"dtype": "bfloat16"}),
 )
 
 INNOVATIONS: dict[str, Innovation] = {entry.name: entry for entry in _ENTRIES}
@@ -159,6 +163,15 @@ def config_changes(name: str, base: dict[str, Any]) -> dict[str, Any]:
     for key, (of, ratio) in entry.relative.items():
         changes[key] = max(1, round(base[of] * ratio))
     return changes
+
+
+def train_changes(name: str) -> dict[str, Any]:
+    """The TrainConfig fields that arm `name` changes."""
+    entry = innovation(name)
+    changes: dict[str, Any] = {}
+    for part in entry.parts:
+        changes.update(train_changes(part))
+    return changes | entry.train
 
 
 def kernel_ops(name: str) -> tuple[str, ...]:

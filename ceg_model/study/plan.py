@@ -8,7 +8,13 @@ from typing import Any
 
 from ceg_kernels import OPS
 from ceg_model.config import GPTConfig
-from ceg_model.study.innovations import BASELINE, config_changes, innovation, kernel_ops
+from ceg_model.study.innovations import (
+    BASELINE,
+    config_changes,
+    innovation,
+    kernel_ops,
+    train_changes,
+)
 from ceg_model.train_config import TrainConfig
 
 STOCK = ("torch", "reference")  # backends that are not ours
@@ -109,6 +115,13 @@ def model_config(arm: str, scale: Scale, vocab_size: int) -> GPTConfig:
     return GPTConfig.from_dict({**base, **config_changes(arm, base)})
 
 
+def train_config(
+    plan: Plan, arm: str, scale: Scale, seed: int, backend: Mapping[str, str] | None = None
+) -> TrainConfig:
+    fields = {**plan.train, **scale.train, **train_changes(arm), "seed": seed, "backend": backend}
+    return TrainConfig.from_dict(fields)
+
+
 def runs(plan: Plan, ours: Mapping[str, str | None], vocab_size: int) -> Iterator[RunSpec]:
     """All runs, longest first; the arms of one scale and seed are neighbours.
 
@@ -117,9 +130,7 @@ def runs(plan: Plan, ours: Mapping[str, str | None], vocab_size: int) -> Iterato
     for scale in reversed(plan.scales):
         for seed in plan.seeds:
             for arm in plan.arms:
-                train = TrainConfig.from_dict(
-                    {**plan.train, **scale.train, "seed": seed, "backend": backends_of(arm, ours)}
-                )
+                train = train_config(plan, arm, scale, seed, backends_of(arm, ours))
                 yield RunSpec(arm, scale.name, seed, model_config(arm, scale, vocab_size), train)
 
 
@@ -164,6 +175,15 @@ PLANS = {
             train=_TRAIN,
             lockstep=True,
             note="the demo: minutes on two cores",
+        ),
+        Plan(
+            "precision",
+            ("baseline", "bf16"),
+            _NANO,
+            seeds=(0, 1, 2, 3, 4),
+            train=_TRAIN,
+            lockstep=True,
+            note="whether bf16 autocast costs compute: why it may be a default",
         ),
         Plan(
             "smoke",

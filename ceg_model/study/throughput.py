@@ -23,9 +23,8 @@ from ceg_kernels import OPS, use_backend
 from ceg_model.data import TokenData
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
-from ceg_model.study.plan import Plan, Scale, backends_of, model_config
+from ceg_model.study.plan import Plan, Scale, backends_of, model_config, train_config
 from ceg_model.train import Trainer, resolve_device
-from ceg_model.train_config import TrainConfig
 
 KINDS = ("study", "reference", "torch", "ours")
 WARM_UP, MAX_ROUNDS = 2, 400
@@ -60,13 +59,13 @@ def measure(
     data = TokenData(data_dir)
     wanted = variants(plan, ours)
     configs = {arm: model_config(arm, scale, data.vocab_size) for arm in plan.arms}
-    keys = {pair: (configs[pair[0]], repr(backends)) for pair, backends in wanted.items()}
+    trains = {arm: train_config(plan, arm, scale, plan.seeds[0]) for arm in plan.arms}
+    keys = {(a, k): (configs[a], trains[a], repr(b)) for (a, k), b in wanted.items()}
     backends = {keys[pair]: b for pair, b in wanted.items()}
-    train = TrainConfig.from_dict({**plan.train, **scale.train, "seed": plan.seeds[0]})
     steppers = {}
-    with ProcessGroup.joined(resolve_device(train.device)) as group:
+    with ProcessGroup.joined(resolve_device(trains[plan.baseline].device)) as group:
         for key in backends:
-            steppers[key] = Trainer(key[0], train, data, group)
+            steppers[key] = Trainer(key[0], key[1], data, group)
         samples = _rounds(steppers, backends, plan, progress)
     flops = {key: stepper.model_flops for key, stepper in steppers.items()}
     base = keys[plan.baseline, "study"]

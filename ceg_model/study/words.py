@@ -8,8 +8,8 @@ from typing import Any
 FLAGS = {
     "aa_failed": "The baseline compared with itself does not give 1: no gain here is safe.",
     "censored": "One of the two never reached the target loss; only a bound can be given.",
-    "identity_failed": "Measured time gain and G_alg × G_hw differ by more than 1%: the clock was "
-    "not quiet enough, or the throughput benchmark does not stand for the runs.",
+    "identity_failed": "Measured time gain and G_alg × G_hw differ by more than 1%: the machine "
+    "was not quiet enough, or an arm's speed changed during its run.",
     "no_ci": "One seed only: a point without an interval.",
     "not_equivalent": "Same maths, but the loss curves were not shown to be equal within 2%: "
     "a numerics bug or too much noise, and never a gain.",
