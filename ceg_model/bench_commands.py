@@ -1,4 +1,4 @@
-"""`ceg bench`: the benchmarks of bench/, through pytest; `ceg roofline`: a figure of their rows."""
+"""`ceg bench`: the benchmarks of bench/, through pytest; a figure and a table of their rows."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
         "--out", type=Path, help="figure to write (.svg, .png or .pdf; default: beside the rows)"
     )
     roofline.set_defaults(run=run_roofline)
+    table = subparsers.add_parser("table", help="print the rows of `ceg bench --results`")
+    table.add_argument("results", type=Path, help="the .jsonl file that --results wrote")
+    table.add_argument("--shapes", metavar="GROUP", help="only shapes of that group, as for bench")
+    table.add_argument(
+        "--direction", choices=("fwd", "bwd", "fwd_bwd"),
+        help="default: forward and backward together where they were timed so, else forward",
+    )  # fmt: skip
+    table.set_defaults(run=run_table)
 
 
 def run_bench(parsed: argparse.Namespace) -> int:
@@ -58,6 +66,17 @@ def run_roofline(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_table(parsed: argparse.Namespace) -> int:
+    """Print the newest rows as Markdown, one table per machine."""
+    from ceg_kernels.measure.table import conditions, markdown
+
+    for rows in newest_rows(parsed.results).values():
+        group = parsed.shapes
+        chosen = [row for row in rows if group in (None, row["shape"].partition("-")[0])]
+        print(f"{markdown(chosen, parsed.direction)}\n\n{conditions(chosen)}\n")
+    return 0
+
+
 def newest_rows(results: Path) -> dict[str, list[dict[str, Any]]]:
     """The last row written for each machine, case and backend. ValueError names a broken line."""
     from ceg_kernels.measure.table import case
@@ -81,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ceg bench",
         allow_abbrev=False,
         description="The same as `pytest bench/ --benchmark`; all other arguments go to pytest, "
-        "for example --shapes gpt2, --dtypes bfloat16, --no-peers, -k attention.",
+        "for example --shapes gpt2, --dtypes bfloat16, --peers eager,compile, -k attention.",
     )
     parser.add_argument("--json", metavar="PATH", help="write pytest-benchmark's JSON there")
     parser.add_argument(

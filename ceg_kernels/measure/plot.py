@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = {"cpu": "o", "cuda": "o", "triton": "D", "torch": "^", "reference": "s"}
+MARKERS = {
+    "cpu": "o", "cuda": "o", "triton": "D", "torch": "^", "reference": "s", "eager": "v",
+    "compile": "<",
+}  # fmt: skip
 _DTYPE_ORDER = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -40,7 +43,7 @@ def roofline_figure(rows: Sequence[Row], *, directions: Sequence[str] = ("fwd", 
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
     for panel, dtype in zip(panels, dtypes, strict=True):
         here = [row for row in drawn if row["dtype"] == dtype]
-        _draw_roofs(panel, here, bandwidth=_bandwidth(rows))
+        _draw_roofs(panel, here, bandwidth=bandwidth(rows))
         for row in here:
             marker = MARKERS.get(row["backend"], "P")
             colour = colours[row["op"]]
@@ -64,7 +67,8 @@ def peak(rows: Iterable[Row], dtype: str) -> float | None:
     return _roof([row for row in rows if row["dtype"] == dtype], "compute", "gflops")
 
 
-def _bandwidth(rows: Iterable[Row]) -> float | None:
+def bandwidth(rows: Iterable[Row]) -> float | None:
+    """The memory roof (GB/s) that the rows stand under, or None if none tells."""
     return _roof(rows, "memory", "gbytes_per_s")
 
 

@@ -77,7 +77,7 @@ class Case:
         return [name for name in names if all(name in found for found in able)]
 
     def formulas(self) -> tuple[str, ...]:
-        """The peers of measure/peers.py that can run it; they have no backward apart from their forward."""
+        """The peers of measure/peers.py that can run it; none has a backward by itself."""
         known = self.direction != "bwd" and self.op in peers.FORMULAS
         return peers.NAMES if known else ()
 

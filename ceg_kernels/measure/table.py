@@ -1,4 +1,4 @@
-"""Benchmark rows as a terminal table (needs rich, which the `bench` extra installs)."""
+"""Benchmark rows as tables: for a terminal (needs rich, of the `bench` extra) and in Markdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ceg_kernels.measure.ceilings import DTYPES, Roofs
+from ceg_kernels.measure.plot import bandwidth, peak
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,18 +39,22 @@ def spread(row: dict[str, Any]) -> str:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line per row; rows of one case (same inputs) stay together."""
+    """One line per row; rows of one case (same inputs) stay together.
+
+    "vs torch" is how many times faster the row is than torch's row of its case; likewise for the
+    other peers that are among the rows.
+    """
     from rich.table import Table
 
+    peers = _peers(rows)
     table = Table(box=None, padding=(0, 1), header_style="bold", row_styles=("", "dim"))
     for name, right in (
         ("op", False), ("dir", False), ("shape", False), ("dtype", False), ("backend", False),
         ("median", True), ("p20 p80", True), ("rate", True), ("% of roof", True),
-        ("bound", False), ("error", True), ("vs reference", True), ("vs torch", True),
-        ("", False),
+        ("bound", False), ("error", True), *((f"vs {peer}", True) for peer in peers), ("", False),
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left", no_wrap=bool(name))
-    stock = {case(row): row["median_s"] for row in rows if row["backend"] == "torch"}
+    times = _times(rows)
     previous = None
     for row in rows:
         if previous is not None and case(row) != previous:
@@ -60,11 +65,56 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
             row["op"], row["direction"], row["shape"], row["dtype"], row["backend"],
             seconds(row["median_s"]), spread(row), rate(row),
             "" if fraction is None else f"{fraction:.0%}", row["bound"] or "unknown",
-            _number(row["max_error_over_slack"]), _ratio(row["speedup_vs_reference"]),
-            _ratio(_over(stock.get(case(row)), row["median_s"])),
+            _number(row["max_error_over_slack"]),
+            *(_ratio(times.get((*case(row), peer)), row["median_s"]) for peer in peers),
             "" if row["status"] == "ok" else row["status"],
         )  # fmt: skip
     return table
+
+
+def markdown(rows: Sequence[dict[str, Any]], direction: str | None = None) -> str:
+    """A table of our rows, with the time that each peer takes as a multiple of ours.
+
+    rows: of one machine, at most one per case and backend. direction: fwd, bwd or fwd_bwd; None
+    for forward and backward together where that was timed, else forward. Raises ValueError if no
+    row of ours is left.
+    """
+    ours, peers, times = [], _peers(rows), _times(rows)
+    cases = set(map(case, rows))
+    for row in rows:
+        op, _, *rest = case(row)
+        wanted = direction or ("fwd_bwd" if (op, "fwd_bwd", *rest) in cases else "fwd")
+        if row["peer"] is None and row["direction"] == wanted:
+            ours.append(row)
+    if not ours:
+        raise ValueError(f"rows must hold ours of direction {direction or 'any'}, got none")
+    header = ["op", "size", "dtype", "direction", "time", "of the roof"]
+    lines = [_cells([*header, *(f"{peer} takes" for peer in peers)])]
+    lines.append(_cells(["---"] * (len(header) + len(peers))))
+    several = len({row["backend"] for row in ours}) > 1
+    for row in ours:
+        fraction, size = row["roof_fraction"], row["shape"].partition("-")[2]
+        lines.append(_cells([
+            f"{row['op']} ({row['backend']})" if several else row["op"],
+            size, row["dtype"], row["direction"], seconds(row["median_s"]) or row["status"],
+            "" if fraction is None else f"{fraction:.0%} {row['bound']}",
+            *(_ratio(times.get((*case(row), peer)), row["median_s"]) for peer in peers),
+        ]))  # fmt: skip
+    return "\n".join(lines)
+
+
+def conditions(rows: Sequence[dict[str, Any]]) -> str:
+    """Where the rows of one machine were measured: device, versions, commits, roofs."""
+    versions = rows[-1]["versions"]
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    peaks = ((dtype, peak(rows, dtype)) for dtype in DTYPES)
+    roofs = [f"{value:.0f} GF/s {dtype}" for dtype, value in peaks if value is not None]
+    copy = bandwidth(rows)
+    roofs += [] if copy is None else [f"{copy:.1f} GB/s copy"]
+    return (
+        f"{versions['machine']}, {versions['threads']} threads, torch {versions.get('torch')}, "
+        f"commit {commits}; roofs: {', '.join(roofs) or 'unknown'}"
+    )
 
 
 def case(row: dict[str, Any]) -> tuple[str, ...]:
@@ -90,12 +140,22 @@ def roofs_lines(roofs: Roofs) -> list[str]:
     return lines
 
 
-def _over(numerator: float | None, denominator: float | None) -> float | None:
-    return None if numerator is None or denominator is None else numerator / denominator
+def _peers(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["peer"] for row in rows if row["peer"] is not None))
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+def _times(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], float | None]:
+    return {(*case(row), row["backend"]): row["median_s"] for row in rows}
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> str:
+    if numerator is None or denominator is None:
+        return ""
+    return f"{numerator / denominator:.2f}x"
 
 
 def _number(value: float | None) -> str:
