@@ -179,6 +179,9 @@ def _shape_backward(forward: Shape) -> Shape:
 SHAPES = {
     "quick-b2-t512-h4-d64-causal": _shape("quick", 2, 512, 4, 4, 64),
     "gpt2-b4-t1024-h12-d64-causal": _shape("gpt2", 4, 1024, 12, 12, 64),
+    "gpt2-b4-t512-h8-d64-causal": _shape("gpt2", 4, 512, 8, 8, 64),
+    "gpt2-b16-t256-h4-d16-causal": _shape("gpt2", 16, 256, 4, 4, 16),
+    "gpt2-b16-t128-h4-d16-causal": _shape("gpt2", 16, 128, 4, 4, 16),
     "gpt2-b1-t4096-h8-d64-full": _shape("gpt2", 1, 4096, 8, 8, 64, causal=False),
     "llama-b1-t2048-h8-d128-causal": _shape("llama", 1, 2048, 8, 8, 128),
     "llama-b1-t2048-h8-d128-full": _shape("llama", 1, 2048, 8, 8, 128, causal=False),
