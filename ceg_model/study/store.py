@@ -97,7 +97,7 @@ class Store:
 
     def clocks(self, runs: Iterable[str]) -> dict[str, list[float]]:
         """Training seconds at each row, for the runs that were trained in lockstep: on their
-        group's common clock (lockstep.py). Two runs are too few to tell the machine's speed.
+        group's common clock (lockstep.py).
         """
         groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for run in runs:
@@ -108,7 +108,7 @@ class Store:
         clocks: dict[str, list[float]] = {}
         for group in groups.values():
             grids = {tuple(row["step"] for row in rows) for rows in group.values()}
-            if len(group) > 2 and len(grids) == 1:
+            if len(group) > 1 and len(grids) == 1:
                 raw = np.array([[row["train_s"] for row in rows] for rows in group.values()])
                 clocks |= dict(zip(group, common_clock(raw).tolist(), strict=True))
         return clocks
