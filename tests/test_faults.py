@@ -6,7 +6,7 @@ outputs of the fp32 reference, rounded to the op's dtypes, with one thing wrong.
 
 import pytest
 import torch
-from numerics import compare
+from numerics import compare, compare_eager
 
 from ceg_kernels import OPS
 from ceg_kernels.measure.accuracy import _expected, as_tuple, promote
@@ -242,6 +242,33 @@ def test_planted_fault_is_caught(op, sample, plant, dtype):
     args = samples[sample]
     assert compare(OPS[op], tuple(right(op, args)), args) <= 0.7, "the right result must pass"
     assert compare(OPS[op], as_tuple(tuple(plant(args))), args) > 1, "the fault went unseen"
+
+
+# In bf16 they are no larger than what rounding the scores or x to 16 bits may do.
+WITHIN_EAGER_ROUNDING = ("one_row_scaled_by_1_01", "last_row_loses_one_key")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "sample", "plant"),
+    [p for p in FAULTS if p.values[0] in ("attention", "attention_backward", "rms_norm")],
+)
+def test_planted_fault_is_caught_in_eager_code_too(op, sample, plant, dtype):
+    """The faults of the ops whose stock backends are held to `compare_eager`, by that rule."""
+    if dtype == torch.bfloat16 and plant.__name__ in WITHIN_EAGER_ROUNDING:
+        pytest.skip("within eager code's own rounding")
+    args = {s.name: s.args for s in OPS[op].samples(dtype, "cpu")}[sample]
+    assert compare_eager(OPS[op], as_tuple(tuple(plant(args))), args) > 1, "the fault went unseen"
+
+
+def test_a_shifted_causal_mask_in_eager_code_is_caught():
+    """As the study's baseline would have it: the stock formula itself, run in bf16."""
+    op = OPS["attention"]
+    args = {s.name: s.args for s in op.samples(torch.bfloat16, "cpu")}["causal 257"]
+    *head, causal, left, _, softcap = args
+    assert causal
+    assert compare_eager(op, op.reference(*args), args) <= 0.7
+    assert compare_eager(op, op.reference(*head, False, left, 1, softcap), args) > 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
