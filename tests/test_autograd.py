@@ -62,6 +62,11 @@ def _cases():
     yield "rms_norm offset", lambda x, w: rms_norm(x, w, weight_offset=1.0), (x, w)
     yield "rope", lambda q, k: rope(q, k, *table), (_randn(1, 4, 2, 6), _randn(1, 4, 1, 6))
     yield (
+        "rope and its table",
+        lambda q, k: rope(q, k, *rope_table(4, 6)),
+        (_randn(1, 4, 2, 6), _randn(1, 4, 1, 6)),
+    )
+    yield (
         "rope interleaved at positions",
         lambda q, k: rope(
             q, k, *table, positions=torch.arange(4).view(1, 4) * 5 % 8, interleaved=True
