@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,19 @@ def test_wrong_options_are_named(arguments, words):
     done = run("bench/", *arguments)
     assert done.returncode == 4
     assert words in done.stdout + done.stderr
+
+
+def test_the_commands_of_the_docs_select_what_they_say():
+    lines = (ROOT / "docs/measuring.md").read_text().splitlines()
+    commands = [
+        shlex.split(line)[2:] for line in lines if line.startswith("    ceg bench --shapes")
+    ]
+    assert len(commands) >= 2
+    for command in commands:
+        done = run("bench/", "--benchmark", *command, "--collect-only", "-q")
+        assert done.returncode == 0, done.stdout + done.stderr
+        peers = {name for name in PEERS if f"-{name}]" in done.stdout}
+        assert peers == set(command[command.index("--peers") + 1].split(","))
 
 
 def _row(dtype="float32", seconds=1e-6, **changes):
