@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sysconfig
 
-from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 OLDEST = {"cmake": (3, 24), "ninja": (1, 5)}
@@ -34,14 +33,10 @@ def _runs(program: str, oldest: tuple[int, ...]) -> bool:
     return version is not None and tuple(map(int, version[0].split("."))) >= oldest
 
 
-def _missing() -> list[str]:
+def _missing(config_settings: dict | None = None) -> list[str]:
     oldest = {tool: ".".join(map(str, version)) for tool, version in OLDEST.items()}
     return [f"{tool}>={version}" for tool, version in oldest.items() if find(tool) is None]
 
 
-def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _missing()
-
-
-def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _missing()
+# setup.py has no requirements of its own for setuptools to find, which would take it a second run.
+get_requires_for_build_wheel = get_requires_for_build_editable = _missing
