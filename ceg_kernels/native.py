@@ -63,9 +63,14 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def as_math(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A small parameter (weight, sink, slopes) in the dtype the kernels do their maths in."""
-    return None if t is None else t.to(math_dtype(dtype)).contiguous()
+    return None if t is None else dense(t.to(math_dtype(dtype)))
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:
     """`t` itself where its last dimension is dense, which the kernels need, else a copy."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else dense(t)
+
+
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """`t.contiguous()`, which returns an empty tensor as it is even where its strides are 0."""
+    return t.contiguous() if t.numel() else t.new_empty(t.shape)

@@ -93,8 +93,7 @@ def test_opcheck(op, backend):
     """Schema, autograd registration, fake tensors and AOT autograd with dynamic sizes.
 
     Every third sample, one for each ISA level. AOT autograd, which takes 0.2 s a sample, has every
-    sixth, and no levels: they differ behind the launcher only. Left out there: empty samples on
-    `cpu`, which refuses the expanded gradient that they get (the test below).
+    sixth, and no levels: they differ behind the launcher only.
     """
     level = ":" in backend.name
     ran = 0
@@ -103,7 +102,7 @@ def test_opcheck(op, backend):
         if skipped or backend.why_not(*sample.args) is not None:
             continue
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        if i % 6 == 0 and not (backend.name == "cpu" and _is_empty(sample)):
+        if i % 6 == 0:
             tests.append("test_aot_dispatch_dynamic")
         args = tuple(_needs_grad(a) if op.backward is not None else a for a in sample.args)
         with use_backend(backend.name):
@@ -113,7 +112,6 @@ def test_opcheck(op, backend):
     assert ran
 
 
-@pytest.mark.xfail(strict=True, reason="`contiguous` leaves the stride 0 of an empty tensor")
 def test_the_gradient_of_an_empty_output_may_be_expanded():
     x = torch.zeros(0, 8, requires_grad=True)
     with use_backend("cpu"):
@@ -191,10 +189,6 @@ def _flat(out):
 
 def _bits(t):
     return t.view(torch.int32) if t.dtype == torch.float32 else t
-
-
-def _is_empty(sample):
-    return any(isinstance(a, torch.Tensor) and a.numel() == 0 for a in sample.args)
 
 
 def _needs_grad(a):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ceg_kernels import native
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,8 +43,7 @@ def rows(x: Tensor) -> int:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) as (rows, D) with dense rows; a copy only where strides leave no other way."""
-    flat = x.reshape(rows(x), x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+    return native.unit_stride(x.reshape(rows(x), x.shape[-1]))
 
 
 def maker(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:

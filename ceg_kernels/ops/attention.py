@@ -240,7 +240,7 @@ def run_cpu_backward(
     dsink = None if sink is None else lse.new_empty(sink.shape)
     dout, q, k, v, out = map(native.unit_stride, (dout, q, k, v, out))
     native._C.attention_bwd(
-        dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous(), cu_q,
+        dout, None if dlse is None else native.dense(dlse), q, k, v, out, native.dense(lse), cu_q,
         cu_k, max_q, max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype), dq, dk,
         dv, dsink, scale, causal, left, right, softcap, torch.get_num_threads(), isa,
     )  # fmt: skip

@@ -145,7 +145,7 @@ def run_cpu_combine(y, slots, sources, weights, *, isa=""):
 
 def run_cpu_combine_backward(dout, y, slots, sources, weights, *, isa=""):
     dout, y = native.unit_stride(dout), native.unit_stride(y)
-    w = weights.to(native.math_dtype(y.dtype)).contiguous()
+    w = native.dense(weights.to(native.math_dtype(y.dtype)))
     dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=w.dtype)
     native._C.moe_combine_bwd(
         dout, y, sources, slots, w, dy, dweights, torch.get_num_threads(), isa

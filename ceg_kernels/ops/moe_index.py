@@ -80,7 +80,7 @@ def run_cpu(expert_ids, num_experts, capacity, *, isa=""):
     sources = expert_ids.new_empty(expert_ids.numel())
     offsets = expert_ids.new_empty(num_experts + 1)
     native._C.moe_index(
-        expert_ids.contiguous(), slots, sources, offsets, capacity, torch.get_num_threads(), isa
+        native.dense(expert_ids), slots, sources, offsets, capacity, torch.get_num_threads(), isa
     )
     return slots, sources, offsets
 

@@ -158,7 +158,7 @@ def run_cpu_backward(dweights, logits, expert_ids, score, renormalize, *, isa=""
     logits = native.unit_stride(logits)
     dlogits = logits.new_empty(logits.shape)
     native._C.moe_route_bwd(
-        native.as_math(dweights, logits.dtype), logits, expert_ids.contiguous(), dlogits, score,
+        native.as_math(dweights, logits.dtype), logits, native.dense(expert_ids), dlogits, score,
         renormalize, torch.get_num_threads(), isa,
     )  # fmt: skip
     return dlogits
