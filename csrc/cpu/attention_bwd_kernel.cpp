@@ -128,7 +128,7 @@ void backward(const AttentionBwdArgs& args) {
 
 void attention_bwd_kernel(const AttentionBwdArgs& args) {
   if (args.problem.dtype == DType::f64) return backward<Fma<double>>(args);
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   if (args.problem.dtype == DType::bf16) return backward<DotBf16>(args);
 #endif
   backward<Fma<float>>(args);

@@ -1,12 +1,13 @@
 // Flash attention forward. A task is a block of queries of one sequence and kv head, with all heads
 // of the group: rows (g, i). Keys are visited in blocks, packed once per task; each tile of
-// kTileRows rows then runs scores, softmax and p.v while its scores are in L1.
+// E::kRows rows then runs scores, softmax and p.v while its scores are in L1.
 //
 // A row's arithmetic depends only on its own visible keys and the fixed block grid (a tile's extra
 // columns contribute exact zeros), so neither the task size nor the thread count changes its bits.
 #include <cmath>
 #include <limits>
 
+#include "attention_amx.h"
 #include "attention_mask.h"
 #include "attention_pack.h"
 #include "kernels.h"
@@ -28,20 +29,20 @@ struct Scratch {
   Range* keys;  // [rows] visible
   Item* k;      // [kBlock / kPanel][q_steps][kPanel][depth]
   Item* v;      // [kBlock / depth][v_width][depth]
-  C* s;         // [kTileRows][kBlock]
+  C* s;         // [E::kRows][kBlock]
   Item* p;      // the same, as the A operand
 
   void carve(Carver& carver, const Sizes<E>& n, int64_t rows) {
-    q = carver.template take<Item>(rows * n.q_width);
+    q = carver.template take<Item>(round_up(rows, E::kRows) * n.q_width);
     out = carver.template take<C>(rows * n.v_width);
     top = carver.template take<C>(rows);
     sum = carver.template take<C>(rows);
     keys = carver.template take<Range>(rows);
     k = carver.template take<Item>(kBlock * n.q_steps * E::kDepth);
     v = carver.template take<Item>(kBlock * n.v_width);
-    s = carver.template take<C>(kTileRows * kBlock);
+    s = carver.template take<C>(E::kRows * kBlock);
     p = E::kDepth == 1 ? reinterpret_cast<Item*>(s)
-                       : carver.template take<Item>(kTileRows * kBlock);
+                       : carver.template take<Item>(E::kRows * kBlock);
   }
 };
 
@@ -70,8 +71,8 @@ class Task {
     for (int64_t j0 = keys.first / kBlock * kBlock; j0 < keys.last; j0 += kBlock) {
       const Range block = intersect({j0, j0 + kBlock}, keys);
       load_keys(j0, block.last - j0);
-      for (int64_t r = 0; r < rows_; r += kTileRows) {
-        visit(r, static_cast<int>(rows_ - r < kTileRows ? rows_ - r : kTileRows), block, j0);
+      for (int64_t r = 0; r < rows_; r += E::kRows) {
+        visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0);
       }
     }
     write();
@@ -123,11 +124,11 @@ class Task {
              kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.q_steps, nullptr},
             rows, stop - start);
 
-    C rescale[kTileRows];
+    C rescale[E::kRows];
     softmax(r, rows, j0, {start, stop}, rescale);
 
-    const int64_t k0 = seen.first / E::kDepth;
-    const int64_t k1 = (seen.last + E::kDepth - 1) / E::kDepth;
+    const int64_t k0 = seen.first / E::kAlign * E::kAlign / E::kDepth;
+    const int64_t k1 = round_up(seen.last, E::kAlign) / E::kDepth;
     const Gemm<E> pv = {t_.p + k0 * E::kDepth,
                         kBlock,
                         E::kDepth,
@@ -228,6 +229,7 @@ void forward(const AttentionFwdArgs& args) {
 #pragma omp parallel num_threads(args.threads)
   {
     const DenormalsOff guard;
+    [[maybe_unused]] const typename E::ThreadState state;
     static thread_local Arena arena;
     Scratch<E> scratch;
     Carver count(nullptr);
@@ -245,7 +247,9 @@ void forward(const AttentionFwdArgs& args) {
 
 void attention_fwd_kernel(const AttentionFwdArgs& args) {
   if (args.problem.dtype == DType::f64) return forward<Fma<double>>(args);
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  if (args.problem.dtype == DType::bf16) return forward<AmxBf16>(args);
+#elif defined(__AVX512BF16__)
   if (args.problem.dtype == DType::bf16) return forward<DotBf16>(args);
 #endif
   forward<Fma<float>>(args);

@@ -1,11 +1,12 @@
 // Register-tiled matmul on packed operands: C[r, :] (+)= sum_k A[r, k] * B[k, :].
 //
-// Two engines. Fma<C> multiplies one k at a time; DotBf16 takes two k at once with vdpbf16ps. With
-// depth = 1 or 2 items per step, the operands look like this:
+// Two engines here: Fma<C> multiplies one k at a time, DotBf16 takes two k at once with vdpbf16ps;
+// attention_amx.h has the third. With depth = 1 or 2 items per step, the operands look like this:
 //   A  broadcast operand: item (r, k) at a[r * a_row + (k / depth) * a_step + k % depth]
 //   B  vector operand:    item (k, n) at b[(k / depth) * b_step + n * depth + k % depth], with
 //      columns cut into panels of kPanel, b_panel items apart
 //   C  row-major in the compute type
+// An engine takes kRows rows of C at a time and k in multiples of kAlign, padded with zeros.
 #pragma once
 
 #include "vec.h"
@@ -20,12 +21,18 @@ inline constexpr int kTileVecs = 4;
 inline constexpr int kTileVecs = 2;
 #endif
 
+// What a thread must set up and restore around an engine's work: nothing.
+struct NoThreadState {};
+
 template <class C>
 struct Fma {
   using Compute = C;
   using Item = C;
   using Operand = Vec<C>;
+  using ThreadState = NoThreadState;
   static constexpr int kDepth = 1;
+  static constexpr int kAlign = 1;
+  static constexpr int kRows = kTileRows;
 
   static Operand load_b(const Item* p) { return load<C>(p); }
   static Operand broadcast_a(const Item* p) { return broadcast(*p); }
@@ -42,7 +49,10 @@ struct DotBf16 {
   using Compute = float;
   using Item = bf16;
   using Operand = Vec<uint32_t>;
+  using ThreadState = NoThreadState;
   static constexpr int kDepth = 2;
+  static constexpr int kAlign = 2;
+  static constexpr int kRows = kTileRows;
 
   static Operand load_b(const Item* p) {
     Operand v;
