@@ -21,6 +21,9 @@ struct AmxBf16 : DotBf16 {
   using ThreadState = TileRegisters;
   static constexpr int kRows = 2 * kTile;
   static constexpr int kAlign = 32;
+  // Loading and storing the accumulators of p.v costs as much as 128 keys of multiplications.
+  static constexpr int kForwardBlocks = 2;
+  static constexpr bool kStridedA = false;
 };
 
 // C of 16 rows: [16][stride], two tiles of columns.

@@ -15,12 +15,11 @@
 namespace ceg::CEG_ISA {
 namespace {
 
-constexpr int64_t kBlock = kAttentionBlockKeys;
-
 template <class E>
 struct Scratch {
   using C = typename E::Compute;
   using Item = typename E::Item;
+  static constexpr int64_t kBlock = E::kForwardBlocks * kAttentionBlockKeys;
 
   Item* q;      // [rows][q_width]
   C* out;       // [rows][v_width], unnormalised
@@ -50,6 +49,8 @@ template <class E>
 class Task {
   using C = typename E::Compute;
   static constexpr int kL = kLanes<C>;
+  static constexpr int64_t kBlock = Scratch<E>::kBlock;
+  static constexpr int kStats = (E::kRows + kL - 1) / kL * kL;  // rows in whole vectors
   static constexpr C kInf = std::numeric_limits<C>::infinity();
 
  public:
@@ -124,7 +125,7 @@ class Task {
              kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.q_steps, nullptr},
             rows, stop - start);
 
-    C rescale[E::kRows];
+    C rescale[kStats];
     softmax(r, rows, j0, {start, stop}, rescale);
 
     const int64_t k0 = seen.first / E::kAlign * E::kAlign / E::kDepth;
@@ -152,6 +153,8 @@ class Task {
 
   void softmax(int64_t r, int rows, int64_t j0, Range columns, C* rescale) {
     const C scale = logits_.plain() ? logits_.scale : C(1);
+    C top[kStats];
+    // Logits, and the largest of each row.
     for (int i = 0; i < rows; ++i) {
       C* s = t_.s + i * kBlock;
       const Range own = {t_.keys[r + i].first - j0, t_.keys[r + i].last - j0};
@@ -165,20 +168,28 @@ class Task {
       for (int64_t c = columns.first + kL; c < columns.last; c += kL) {
         high = max(load<C>(s + c), high);
       }
-      const C top = std::fmax(t_.top[r + i], reduce_max(high) * scale);
-      // Nothing visible yet: any finite number keeps exp(-inf - top) at 0 instead of NaN.
-      const C shift = top == -kInf ? C(0) : top;
-      const C factor = exp(broadcast(t_.top[r + i] - shift))[0];
+      top[i] = std::fmax(t_.top[r + i], reduce_max(high) * scale);
+    }
+    // What the rows have summed up so far, brought to the new maximum.
+    for (int i = 0; i < rows; i += kL) {
+      const Vec<C> now = load_n<C>(top + i, rows - i);
+      // Nothing visible yet: any finite number keeps exp(-inf - shift) at 0 instead of NaN.
+      const Vec<C> shift = now == -kInf ? Vec<C>{} : now;
+      store(rescale + i, exp(load_n<C>(t_.top + r + i, rows - i) - shift));
+      store_n(t_.top + r + i, now, rows - i);
+      store(top + i, shift);
+    }
+    // Probabilities and their sums.
+    for (int i = 0; i < rows; ++i) {
+      const C* s = t_.s + i * kBlock;
       Vec<C> sum = {};
       for (int64_t c = columns.first; c < columns.last; c += 2 * kL) {
-        const Vec<C> a = exp(load<C>(s + c) * scale - shift);
-        const Vec<C> b = exp(load<C>(s + c + kL) * scale - shift);
+        const Vec<C> a = exp(load<C>(s + c) * scale - top[i]);
+        const Vec<C> b = exp(load<C>(s + c + kL) * scale - top[i]);
         sum += a + b;
         E::store_a(t_.p + i * kBlock + c, a, b);
       }
-      t_.sum[r + i] = t_.sum[r + i] * factor + reduce_add(sum);
-      t_.top[r + i] = top;
-      rescale[i] = factor;
+      t_.sum[r + i] = t_.sum[r + i] * rescale[i] + reduce_add(sum);
     }
   }
 

@@ -6,7 +6,8 @@
 //   B  vector operand:    item (k, n) at b[(k / depth) * b_step + n * depth + k % depth], with
 //      columns cut into panels of kPanel, b_panel items apart
 //   C  row-major in the compute type
-// An engine takes kRows rows of C at a time and k in multiples of kAlign, padded with zeros.
+// An engine takes kRows rows of C at a time and k in multiples of kAlign, padded with zeros; the
+// forward gives it kForwardBlocks blocks of keys at once. Without kStridedA, a_step must be depth.
 #pragma once
 
 #include "vec.h"
@@ -33,6 +34,8 @@ struct Fma {
   static constexpr int kDepth = 1;
   static constexpr int kAlign = 1;
   static constexpr int kRows = kTileRows;
+  static constexpr int kForwardBlocks = 1;
+  static constexpr bool kStridedA = true;
 
   static Operand load_b(const Item* p) { return load<C>(p); }
   static Operand broadcast_a(const Item* p) { return broadcast(*p); }
@@ -53,6 +56,8 @@ struct DotBf16 {
   static constexpr int kDepth = 2;
   static constexpr int kAlign = 2;
   static constexpr int kRows = kTileRows;
+  static constexpr int kForwardBlocks = 1;
+  static constexpr bool kStridedA = true;
 
   static Operand load_b(const Item* p) {
     Operand v;
@@ -74,14 +79,13 @@ struct DotBf16 {
     std::memcpy(p, &packed, sizeof packed);
   }
   // Lane i of two rows side by side, for k running over rows.
-  static void store_pairs(Item* p, Vec<float> even, Vec<float> odd) {
+  static Operand pair(Vec<float> even, Vec<float> odd) {
     const auto packed = reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
     alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(order), packed);
-    std::memcpy(p, &pairs, sizeof pairs);
+    return reinterpret_cast<Operand>(_mm512_permutexvar_epi16(_mm512_load_si512(order), packed));
   }
 };
 #endif
