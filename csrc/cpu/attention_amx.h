@@ -78,20 +78,29 @@ inline void amx_tiles(const Gemm<AmxBf16>& g, const bf16* b, TileRow top, TileRo
   }
 }
 
+// Most factors are 1, those of a running maximum that stayed.
+inline void scale_rows(const Gemm<AmxBf16>& g, int rows, int64_t columns) {
+  for (int first = 0; first < rows; first += kTile) {
+    const __m512 factors = reinterpret_cast<__m512>(load_n<float>(g.scale + first, rows - first));
+    const __mmask16 given = rows - first < kTile ? (1u << (rows - first)) - 1u : 0xffffu;
+    unsigned moved = _mm512_mask_cmp_ps_mask(given, factors, _mm512_set1_ps(1), _CMP_NEQ_UQ);
+    for (; moved != 0; moved &= moved - 1) {
+      const int r = first + __builtin_ctz(moved);
+      float* c = g.c + r * g.c_row;
+      for (int64_t n = 0; n < columns; n += kLanes<float>) {
+        store(c + n, load<float>(c + n) * g.scale[r]);
+      }
+    }
+  }
+}
+
 // `rows` <= kRows rows of C, columns [0, columns) rounded up to 32. A must be readable up to a
 // multiple of 16 rows; rows of C past `rows` stay untouched.
 template <>
 inline void gemm<AmxBf16>(const Gemm<AmxBf16>& g, int rows, int64_t columns) {
   constexpr int width = 2 * kTile;
   static_assert(kPanel<AmxBf16> % width == 0, "two tiles of columns must not straddle panels");
-  if (g.scale != nullptr) {
-    const int64_t all = (columns + width - 1) / width * width;
-    for (int r = 0; r < rows; ++r) {
-      if (g.scale[r] == 1) continue;
-      float* c = g.c + r * g.c_row;
-      for (int64_t n = 0; n < all; n += kLanes<float>) store(c + n, load<float>(c + n) * g.scale[r]);
-    }
-  }
+  if (g.scale != nullptr) scale_rows(g, rows, (columns + width - 1) / width * width);
   const bool two = rows > kTile;
   const int last = two ? rows - kTile : rows;  // rows of the last tile
   alignas(64) float spare[kTile * width];
