@@ -10,7 +10,8 @@
 namespace ceg::CEG_ISA {
 
 inline constexpr int64_t kBlock = kAttentionBlockKeys;
-inline constexpr int64_t kQueries = 96;  // of one block: a multiple of every engine's kRows and kAlign
+// Queries of one block: a multiple of every engine's kRows and kAlign.
+inline constexpr int64_t kQueries = 96;
 
 template <class E>
 struct BackwardScratch {
@@ -243,8 +244,8 @@ class Backward {
     const int64_t k0 = seen.first / E::kAlign * E::kAlign / kD;
     const Item* ds = kD == 1 ? t_.ds_block + at * kBlock : t_.ds_rows;
     const Gemm<E> product = {
-        ds + k0 * kD,   kBlock, kD,    t_.k_steps + k0 * kD * n_.q_width, n_.q_width * kD,
-        kPanel<E> * kD, dq,     dq_ld, round_up(seen.last, E::kAlign) / kD - k0,    kOnes.row};
+        ds + k0 * kD,   kBlock, kD,    t_.k_steps + k0 * kD * n_.q_width,        n_.q_width * kD,
+        kPanel<E> * kD, dq,     dq_ld, round_up(seen.last, E::kAlign) / kD - k0, kOnes.row};
     if (k_finite_) return gemm<E>(product, rows, n_.q_width);
     for (int row = 0; row < rows; ++row) {
       const Range own = intersect(t_.keys[r + row], {j0_, j0_ + keys_});

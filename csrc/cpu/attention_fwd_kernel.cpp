@@ -40,8 +40,7 @@ struct Scratch {
     k = carver.template take<Item>(kBlock * n.q_steps * E::kDepth);
     v = carver.template take<Item>(kBlock * n.v_width);
     s = carver.template take<C>(E::kRows * kBlock);
-    p = E::kDepth == 1 ? reinterpret_cast<Item*>(s)
-                       : carver.template take<Item>(E::kRows * kBlock);
+    p = E::kDepth == 1 ? reinterpret_cast<Item*>(s) : carver.template take<Item>(E::kRows * kBlock);
   }
 };
 

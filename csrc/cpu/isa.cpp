@@ -87,7 +87,7 @@ const std::vector<Level>& levels() {
 
 // Measured on a Sapphire Rapids Xeon: vdpbf16ps does 66-73 GFLOP/s a core, fp32 FMA 137-152, so
 // bf16 attention is twice as fast widened. On Zen 5 the dot product has 1.8 times the rate of the
-// FMA.
+// FMA. The tiles of AMX do 2200 on the same Xeon, and attention is three times as fast as widened.
 bool slower_than_the_level_below(const Level& level) {
 #if defined(__x86_64__)
   return std::string_view(level.kernels.isa) == "avx512bf16" && __builtin_cpu_is("intel");
