@@ -206,3 +206,22 @@ def test_inputs_of_a_larger_tensor(isa):
             ours, backward(isa, first, None, *dense, first, lse, rest), strict=True
         ):
             assert torch.equal(mine, other)
+
+
+def test_torch_matmuls_around_it_keep_their_bits(isa):
+    # Level amx configures the thread's tile registers, which torch's bf16 matmuls use as well.
+    a, q = normal(96, 96, dtype=torch.bfloat16), normal(1, 70, 2, 40, dtype=torch.bfloat16)
+    before = a @ a
+    out, _ = forward(isa, q, q, q, tail(70, 70), threads=1)
+    assert torch.equal(a @ a, before)
+    assert torch.equal(forward(isa, q, q, q, tail(70, 70), threads=1)[0], out)
+
+
+@pytest.mark.parametrize("d", [1, 31, 33, 250])
+def test_head_dims_that_fill_no_tile(isa, d):
+    q, k, v, dout = (normal(1, 37, 2, d, dtype=torch.bfloat16, seed=i) for i in range(4))
+    rest = tail(37, 37, causal=True)
+    out, lse = forward(isa, q, k, v, rest)
+    assert compare(ATTENTION, (out, lse), (q, k, v, *rest)) <= 1
+    args = dout, None, q, k, v, out, lse
+    assert compare(ATTENTION_BACKWARD, backward(isa, *args, rest), (*args, *rest)) <= 1

@@ -202,7 +202,8 @@ def test_roofs():
     assert set(LEVELS) <= set(_C.isa_levels()["built"])
     for isa in LEVELS:
         assert _C.fma_flops("float32", 1, 0.01, isa) > _C.fma_flops("float64", 1, 0.01, isa) / 4 > 0
-        assert (_C.fma_flops("bfloat16", 1, 0.01, isa) is None) == (isa != "avx512bf16")
+        dots = isa in ("avx512bf16", "amx")
+        assert (_C.fma_flops("bfloat16", 1, 0.01, isa) is not None) == dots
     assert _C.fma_flops("float16", 1, 0.01) is None  # computed in float32
     assert _C.copy_bandwidth(1 << 20, 1, 0.01) > 0
 

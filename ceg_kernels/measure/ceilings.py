@@ -1,9 +1,9 @@
 """The roofs of this machine, measured: FLOP/s per dtype and copy bandwidth.
 
-Two numbers per dtype on a CPU: the FMA rate of the vector units (a loop over registers in the
-native core) and the rate of a large torch matmul, which may use matrix units (AMX) that no vector
-loop sees. The roof is the larger, and `Roofs.flops_source` says which one that is. What could not
-be measured is None, never a number from a data sheet.
+Two numbers per dtype on a CPU: the multiply-add rate of the registers (a loop in the native core's
+best level: vectors, or AMX tiles for bf16) and the rate of a large torch matmul, which may use
+matrix units that the native core does not know. The roof is the larger, and `Roofs.flops_source`
+says which one that is. What could not be measured is None, never a number from a data sheet.
 
 Measuring takes a few seconds, so the result is kept in the user's cache directory under the
 device's name, the number of threads and the hash of the native build. Roofs that were measured

@@ -204,7 +204,9 @@ std::vector<AttentionTask> make_tasks(const AttentionProblem& p, bool of_queries
 
 // Queries per task: as many as pay for packing the keys, but enough tasks for all threads.
 int64_t queries_per_task(const AttentionProblem& p, int threads, int64_t bytes) {
-  const int64_t row_bytes = item_size(compute_type(p.dtype)) * (p.head_dim + p.value_dim);
+  // Engines pad a row to at most 32 items.
+  const int64_t width = (p.head_dim + 31) / 32 * 32 + (p.value_dim + 31) / 32 * 32;
+  const int64_t row_bytes = item_size(compute_type(p.dtype)) * width;
   int64_t queries = std::max<int64_t>(1, bytes / row_bytes / p.group());
   queries = std::min(queries, std::max<int64_t>(1, p.max_q));
   const int64_t least = std::max<int64_t>(1, 48 / p.group());

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention_amx.h"
 #include "attention_bwd_task.h"
 #include "kernels.h"
 
@@ -87,6 +88,7 @@ void backward(const AttentionBwdArgs& args) {
 #pragma omp parallel num_threads(args.threads)
   {
     const DenormalsOff guard;
+    [[maybe_unused]] const typename E::ThreadState state;
     static thread_local Arena arena;
     if constexpr (std::is_same_v<C, double>) {
       compute_delta<C, double>(args);
@@ -128,7 +130,9 @@ void backward(const AttentionBwdArgs& args) {
 
 void attention_bwd_kernel(const AttentionBwdArgs& args) {
   if (args.problem.dtype == DType::f64) return backward<Fma<double>>(args);
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  if (args.problem.dtype == DType::bf16) return backward<AmxBf16>(args);
+#elif defined(__AVX512BF16__)
   if (args.problem.dtype == DType::bf16) return backward<DotBf16>(args);
 #endif
   backward<Fma<float>>(args);

@@ -10,14 +10,14 @@
 namespace ceg::CEG_ISA {
 
 inline constexpr int64_t kBlock = kAttentionBlockKeys;
-inline constexpr int64_t kQueries = 96;  // of one block: a multiple of kTileRows and of kDepth
-
-static_assert(kQueries % kTileRows == 0 && kQueries % 2 == 0, "tiles and pairs must not straddle");
+// Queries of one block: a multiple of every engine's kRows and kAlign.
+inline constexpr int64_t kQueries = 96;
 
 template <class E>
 struct BackwardScratch {
   using C = typename E::Compute;
   using Item = typename E::Item;
+  static_assert(kQueries % E::kRows == 0 && kQueries % E::kAlign == 0, "tiles must not straddle");
 
   // A key block as B operands: K^T, V^T, K.
   Item *k_columns, *v_columns, *k_steps;
@@ -26,8 +26,9 @@ struct BackwardScratch {
   Item *q_rows, *dout_rows, *q_steps, *dout_steps;
   C *lse, *delta;  // [rows]
   Range* keys;     // [rows] visible
-  // Probabilities and dS of a query block against a key block: pairs of rows interleaved to
-  // kDepth, so that they are the A operand of P^T dout. Of one tile: in C, and dS as A operand.
+  // Probabilities and dS of a query block against a key block, as the A operand of P^T dout: pairs
+  // of rows interleaved to kDepth, or [kBlock][kQueries] for an engine without strided A. Of one
+  // tile: in C, and dS as A operand.
   Item *p_block, *ds_block;
   C *s_tile, *dp_tile;
   Item* ds_rows;
@@ -39,20 +40,21 @@ struct BackwardScratch {
     k_steps = c.template take<Item>(kBlock * n.q_width);
     dk = c.template take<C>(key_pass ? kBlock * n.q_width : 0);
     dv = c.template take<C>(key_pass ? kBlock * n.v_width : 0);
-    q_rows = c.template take<Item>(rows * n.q_width);
-    dout_rows = c.template take<Item>(rows * n.v_width);
+    const int64_t readable = rows + E::kRows;  // whole tiles are read from any row on
+    q_rows = c.template take<Item>(readable * n.q_width);
+    dout_rows = c.template take<Item>(readable * n.v_width);
     const bool steps = E::kDepth > 1 && key_pass;
     q_steps = steps ? c.template take<Item>(rows * n.q_width) : q_rows;
     dout_steps = steps ? c.template take<Item>(rows * n.v_width) : dout_rows;
     lse = c.template take<C>(rows);
     delta = c.template take<C>(rows);
     keys = c.template take<Range>(rows);
-    const int64_t block_rows = key_pass ? kQueries : kTileRows;
+    const int64_t block_rows = key_pass ? kQueries : E::kDepth > 1 ? 0 : E::kRows;
     p_block = c.template take<Item>(block_rows * kBlock);
     ds_block = c.template take<Item>(block_rows * kBlock);
-    s_tile = c.template take<C>(E::kDepth > 1 ? kTileRows * kBlock : 0);
-    dp_tile = c.template take<C>(E::kDepth > 1 ? kTileRows * kBlock : 0);
-    ds_rows = c.template take<Item>(E::kDepth > 1 ? kTileRows * kBlock : 0);
+    s_tile = c.template take<C>(E::kDepth > 1 ? E::kRows * kBlock : 0);
+    dp_tile = c.template take<C>(E::kDepth > 1 ? E::kRows * kBlock : 0);
+    ds_rows = c.template take<Item>(E::kDepth > 1 ? E::kRows * kBlock : 0);
     dq = c.template take<C>(dq_rows * n.q_width);
   }
 };
@@ -64,7 +66,12 @@ class Backward {
   static constexpr int kL = kLanes<C>;
   static constexpr int kD = E::kDepth;
   static constexpr C kInf = std::numeric_limits<C>::infinity();
-  static constexpr C kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+  static constexpr struct Ones {
+    C row[E::kRows];
+    constexpr Ones() : row() {
+      for (C& one : row) one = 1;
+    }
+  } kOnes{};
 
  public:
   Backward(const AttentionBwdArgs& args, int64_t batch, int64_t kv_head,
@@ -109,9 +116,9 @@ class Backward {
       const int64_t left = band_.keys - j0;
       load_keys(j0, left < kBlock ? left : kBlock, true);
       for (int64_t g = 0; g < p_.group(); ++g) {
-        for (int64_t i = 0; i < count; i += kTileRows) {
+        for (int64_t i = 0; i < count; i += E::kRows) {
           const int64_t r = g * count + i;
-          const int tile = static_cast<int>(count - i < kTileRows ? count - i : kTileRows);
+          const int tile = static_cast<int>(count - i < E::kRows ? count - i : E::kRows);
           visit(g, i0 + i, r, 0, tile, t_.dq + r * n_.q_width, n_.q_width);
         }
       }
@@ -158,6 +165,7 @@ class Backward {
     const int64_t first = p_.q_begin(batch_) + i0;
     const Rows q = rows(args_.q, first, head(g), count, p_.head_dim);
     const Rows dout = rows(args_.dout, first, head(g), count, p_.value_dim);
+    for_dkv_ = for_dkv;
     pack_rows<E>(p_.dtype, q, t_.q_rows + r * n_.q_width, n_.q_width, logits_.folded);
     pack_rows<E>(p_.dtype, dout, t_.dout_rows + r * n_.v_width, n_.v_width);
     if (for_dkv) {
@@ -187,8 +195,8 @@ class Backward {
         const int64_t left = band_.queries - i0;
         const int64_t queries = left < kQueries ? left : kQueries;
         load_queries(g, i0, queries, 0, true);
-        for (int64_t r = 0; r < queries; r += kTileRows) {
-          const int rows = static_cast<int>(queries - r < kTileRows ? queries - r : kTileRows);
+        for (int64_t r = 0; r < queries; r += E::kRows) {
+          const int rows = static_cast<int>(queries - r < E::kRows ? queries - r : E::kRows);
           C* dq = with_dq ? dq_row(dq_in_place, g, i0 + r) : nullptr;
           visit(g, i0 + r, r, r, rows, dq, dq_in_place ? args_.dq.row : n_.q_width);
         }
@@ -227,14 +235,17 @@ class Backward {
       const Range own = {t_.keys[r + row].first - j0_, t_.keys[r + row].last - j0_};
       differentiate(g, i + row, r + row, columns, own, s + row * kBlock, dp + row * kBlock);
     }
-    if constexpr (kD == 2) store_block(at, rows, s, dp);
+    if constexpr (kD == 2) {
+      if (for_dkv_) store_block(at, rows, s, dp);
+    }
     if (dq == nullptr || seen.empty()) return;
 
-    const int64_t k0 = seen.first / kD;
+    if constexpr (kD == 2) store_ds(rows, dp);
+    const int64_t k0 = seen.first / E::kAlign * E::kAlign / kD;
     const Item* ds = kD == 1 ? t_.ds_block + at * kBlock : t_.ds_rows;
     const Gemm<E> product = {
-        ds + k0 * kD,   kBlock, kD,    t_.k_steps + k0 * kD * n_.q_width, n_.q_width * kD,
-        kPanel<E> * kD, dq,     dq_ld, (seen.last + kD - 1) / kD - k0,    kOnes};
+        ds + k0 * kD,   kBlock, kD,    t_.k_steps + k0 * kD * n_.q_width,        n_.q_width * kD,
+        kPanel<E> * kD, dq,     dq_ld, round_up(seen.last, E::kAlign) / kD - k0, kOnes.row};
     if (k_finite_) return gemm<E>(product, rows, n_.q_width);
     for (int row = 0; row < rows; ++row) {
       const Range own = intersect(t_.keys[r + row], {j0_, j0_ + keys_});
@@ -274,19 +285,36 @@ class Backward {
     }
   }
 
-  // A tile of P and dS in C into the 16-bit layouts.
+  // A tile of P and dS in C into the 16-bit layout of the blocks.
   void store_block(int64_t at, int rows, const C* p, const C* ds) {
-    for (int row = 0; row < rows; row += 2) {
-      Item* p_pair = t_.p_block + (at + row) * kBlock;
-      Item* ds_pair = t_.ds_block + (at + row) * kBlock;
-      const bool odd = row + 1 < rows;
-      for (int64_t c = 0; c < kBlock; c += kL) {
-        const C* here = p + row * kBlock + c;
-        E::store_pairs(p_pair + 2 * c, load<C>(here), odd ? load<C>(here + kBlock) : Vec<C>{});
-        here = ds + row * kBlock + c;
-        E::store_pairs(ds_pair + 2 * c, load<C>(here), odd ? load<C>(here + kBlock) : Vec<C>{});
+    for (int64_t c = 0; c < kBlock; c += kL) {
+      store_columns(t_.p_block, at, rows, c, p + c);
+      store_columns(t_.ds_block, at, rows, c, ds + c);
+    }
+  }
+
+  void store_columns(Item* block, int64_t at, int rows, int64_t c, const C* tile) {
+    typename E::Operand pairs[(E::kRows + 1) / 2];
+    for (int row = 0; row < E::kRows; row += 2) {
+      const C* here = tile + row * kBlock;
+      pairs[row / 2] = E::pair(row < rows ? load<C>(here) : Vec<C>{},
+                               row + 1 < rows ? load<C>(here + kBlock) : Vec<C>{});
+    }
+    if constexpr (E::kStridedA) {
+      for (int row = 0; row < rows; row += 2) {
+        std::memcpy(block + (at + row) * kBlock + 2 * c, &pairs[row / 2], sizeof pairs[0]);
+      }
+    } else {
+      static_assert(E::kRows == 2 * kL, "the pairs of a tile's rows must fill the lanes");
+      transpose(pairs);
+      for (int i = 0; i < kL; ++i) {
+        std::memcpy(block + (c + i) * kQueries + at, &pairs[i], sizeof pairs[0]);
       }
     }
+  }
+
+  // A tile of dS as the A operand of dQ.
+  void store_ds(int rows, const C* ds) {
     for (int row = 0; row < rows; ++row) {
       for (int64_t c = 0; c < kBlock; c += 2 * kL) {
         const C* here = ds + row * kBlock + c;
@@ -297,35 +325,37 @@ class Backward {
 
   // dV += P^T dout and dK += dS^T Q over the query block.
   void add_dk_dv(int64_t i0, int64_t queries) {
-    for (int64_t j = 0; j < keys_; j += kTileRows) {
-      const int rows = static_cast<int>(keys_ - j < kTileRows ? keys_ - j : kTileRows);
+    constexpr int64_t a_row = E::kStridedA ? kD : kQueries;
+    constexpr int64_t a_step = E::kStridedA ? kBlock * kD : kD;
+    for (int64_t j = 0; j < keys_; j += E::kRows) {
+      const int rows = static_cast<int>(keys_ - j < E::kRows ? keys_ - j : E::kRows);
       const Range seen = intersect(band_.queries_of(j0_ + j, j0_ + j + rows), {i0, i0 + queries});
       if (seen.empty()) continue;
-      const int64_t i_first = (seen.first - i0) / kD;
-      const int64_t steps = (seen.last - i0 + kD - 1) / kD - i_first;
-      const int64_t a = i_first * kBlock * kD + j * kD;
+      const int64_t i_first = (seen.first - i0) / E::kAlign * E::kAlign;
+      const int64_t steps = (round_up(seen.last - i0, E::kAlign) - i_first) / kD;
+      const int64_t a = i_first / kD * a_step + j * a_row;
       const Gemm<E> dv = {t_.p_block + a,
-                          kD,
-                          kBlock * kD,
-                          t_.dout_steps + i_first * n_.v_width * kD,
+                          a_row,
+                          a_step,
+                          t_.dout_steps + i_first * n_.v_width,
                           n_.v_width * kD,
                           kPanel<E> * kD,
                           t_.dv + j * n_.v_width,
                           n_.v_width,
                           steps,
-                          kOnes};
+                          kOnes.row};
       const Gemm<E> dk = {t_.ds_block + a,
-                          kD,
-                          kBlock * kD,
-                          t_.q_steps + i_first * n_.q_width * kD,
+                          a_row,
+                          a_step,
+                          t_.q_steps + i_first * n_.q_width,
                           n_.q_width * kD,
                           kPanel<E> * kD,
                           t_.dk + j * n_.q_width,
                           n_.q_width,
                           steps,
-                          kOnes};
-      add(dv, dout_finite_, j, rows, i0 + i_first * kD, seen.last, n_.v_width);
-      add(dk, q_finite_, j, rows, i0 + i_first * kD, seen.last, n_.q_width);
+                          kOnes.row};
+      add(dv, dout_finite_, j, rows, i0 + i_first, seen.last, n_.v_width);
+      add(dk, q_finite_, j, rows, i0 + i_first, seen.last, n_.q_width);
     }
   }
 
@@ -346,6 +376,7 @@ class Backward {
   Logits<E> logits_;
   BackwardScratch<E> t_;
   int64_t j0_ = 0, keys_ = 0;  // the key block that is loaded
+  bool for_dkv_ = false;       // and whether the queries are for its dK and dV
   bool k_finite_ = true, q_finite_ = true, dout_finite_ = true;
 };
 

@@ -1,12 +1,13 @@
 // Flash attention forward. A task is a block of queries of one sequence and kv head, with all heads
 // of the group: rows (g, i). Keys are visited in blocks, packed once per task; each tile of
-// kTileRows rows then runs scores, softmax and p.v while its scores are in L1.
+// E::kRows rows then runs scores, softmax and p.v while its scores are in L1.
 //
 // A row's arithmetic depends only on its own visible keys and the fixed block grid (a tile's extra
 // columns contribute exact zeros), so neither the task size nor the thread count changes its bits.
 #include <cmath>
 #include <limits>
 
+#include "attention_amx.h"
 #include "attention_mask.h"
 #include "attention_pack.h"
 #include "kernels.h"
@@ -14,12 +15,11 @@
 namespace ceg::CEG_ISA {
 namespace {
 
-constexpr int64_t kBlock = kAttentionBlockKeys;
-
 template <class E>
 struct Scratch {
   using C = typename E::Compute;
   using Item = typename E::Item;
+  static constexpr int64_t kBlock = E::kForwardBlocks * kAttentionBlockKeys;
 
   Item* q;      // [rows][q_width]
   C* out;       // [rows][v_width], unnormalised
@@ -28,20 +28,19 @@ struct Scratch {
   Range* keys;  // [rows] visible
   Item* k;      // [kBlock / kPanel][q_steps][kPanel][depth]
   Item* v;      // [kBlock / depth][v_width][depth]
-  C* s;         // [kTileRows][kBlock]
+  C* s;         // [E::kRows][kBlock]
   Item* p;      // the same, as the A operand
 
   void carve(Carver& carver, const Sizes<E>& n, int64_t rows) {
-    q = carver.template take<Item>(rows * n.q_width);
+    q = carver.template take<Item>(round_up(rows, E::kRows) * n.q_width);
     out = carver.template take<C>(rows * n.v_width);
     top = carver.template take<C>(rows);
     sum = carver.template take<C>(rows);
     keys = carver.template take<Range>(rows);
     k = carver.template take<Item>(kBlock * n.q_steps * E::kDepth);
     v = carver.template take<Item>(kBlock * n.v_width);
-    s = carver.template take<C>(kTileRows * kBlock);
-    p = E::kDepth == 1 ? reinterpret_cast<Item*>(s)
-                       : carver.template take<Item>(kTileRows * kBlock);
+    s = carver.template take<C>(E::kRows * kBlock);
+    p = E::kDepth == 1 ? reinterpret_cast<Item*>(s) : carver.template take<Item>(E::kRows * kBlock);
   }
 };
 
@@ -49,6 +48,8 @@ template <class E>
 class Task {
   using C = typename E::Compute;
   static constexpr int kL = kLanes<C>;
+  static constexpr int64_t kBlock = Scratch<E>::kBlock;
+  static constexpr int kStats = (E::kRows + kL - 1) / kL * kL;  // rows in whole vectors
   static constexpr C kInf = std::numeric_limits<C>::infinity();
 
  public:
@@ -70,8 +71,8 @@ class Task {
     for (int64_t j0 = keys.first / kBlock * kBlock; j0 < keys.last; j0 += kBlock) {
       const Range block = intersect({j0, j0 + kBlock}, keys);
       load_keys(j0, block.last - j0);
-      for (int64_t r = 0; r < rows_; r += kTileRows) {
-        visit(r, static_cast<int>(rows_ - r < kTileRows ? rows_ - r : kTileRows), block, j0);
+      for (int64_t r = 0; r < rows_; r += E::kRows) {
+        visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0);
       }
     }
     write();
@@ -123,11 +124,11 @@ class Task {
              kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.q_steps, nullptr},
             rows, stop - start);
 
-    C rescale[kTileRows];
+    C rescale[kStats];
     softmax(r, rows, j0, {start, stop}, rescale);
 
-    const int64_t k0 = seen.first / E::kDepth;
-    const int64_t k1 = (seen.last + E::kDepth - 1) / E::kDepth;
+    const int64_t k0 = seen.first / E::kAlign * E::kAlign / E::kDepth;
+    const int64_t k1 = round_up(seen.last, E::kAlign) / E::kDepth;
     const Gemm<E> pv = {t_.p + k0 * E::kDepth,
                         kBlock,
                         E::kDepth,
@@ -151,6 +152,8 @@ class Task {
 
   void softmax(int64_t r, int rows, int64_t j0, Range columns, C* rescale) {
     const C scale = logits_.plain() ? logits_.scale : C(1);
+    C top[kStats];
+    // Logits, and the largest of each row.
     for (int i = 0; i < rows; ++i) {
       C* s = t_.s + i * kBlock;
       const Range own = {t_.keys[r + i].first - j0, t_.keys[r + i].last - j0};
@@ -164,20 +167,28 @@ class Task {
       for (int64_t c = columns.first + kL; c < columns.last; c += kL) {
         high = max(load<C>(s + c), high);
       }
-      const C top = std::fmax(t_.top[r + i], reduce_max(high) * scale);
-      // Nothing visible yet: any finite number keeps exp(-inf - top) at 0 instead of NaN.
-      const C shift = top == -kInf ? C(0) : top;
-      const C factor = exp(broadcast(t_.top[r + i] - shift))[0];
+      top[i] = std::fmax(t_.top[r + i], reduce_max(high) * scale);
+    }
+    // What the rows have summed up so far, brought to the new maximum.
+    for (int i = 0; i < rows; i += kL) {
+      const Vec<C> now = load_n<C>(top + i, rows - i);
+      // Nothing visible yet: any finite number keeps exp(-inf - shift) at 0 instead of NaN.
+      const Vec<C> shift = now == -kInf ? Vec<C>{} : now;
+      store(rescale + i, exp(load_n<C>(t_.top + r + i, rows - i) - shift));
+      store_n(t_.top + r + i, now, rows - i);
+      store(top + i, shift);
+    }
+    // Probabilities and their sums.
+    for (int i = 0; i < rows; ++i) {
+      const C* s = t_.s + i * kBlock;
       Vec<C> sum = {};
       for (int64_t c = columns.first; c < columns.last; c += 2 * kL) {
-        const Vec<C> a = exp(load<C>(s + c) * scale - shift);
-        const Vec<C> b = exp(load<C>(s + c + kL) * scale - shift);
+        const Vec<C> a = exp(load<C>(s + c) * scale - top[i]);
+        const Vec<C> b = exp(load<C>(s + c + kL) * scale - top[i]);
         sum += a + b;
         E::store_a(t_.p + i * kBlock + c, a, b);
       }
-      t_.sum[r + i] = t_.sum[r + i] * factor + reduce_add(sum);
-      t_.top[r + i] = top;
-      rescale[i] = factor;
+      t_.sum[r + i] = t_.sum[r + i] * rescale[i] + reduce_add(sum);
     }
   }
 
@@ -228,6 +239,7 @@ void forward(const AttentionFwdArgs& args) {
 #pragma omp parallel num_threads(args.threads)
   {
     const DenormalsOff guard;
+    [[maybe_unused]] const typename E::ThreadState state;
     static thread_local Arena arena;
     Scratch<E> scratch;
     Carver count(nullptr);
@@ -245,7 +257,9 @@ void forward(const AttentionFwdArgs& args) {
 
 void attention_fwd_kernel(const AttentionFwdArgs& args) {
   if (args.problem.dtype == DType::f64) return forward<Fma<double>>(args);
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  if (args.problem.dtype == DType::bf16) return forward<AmxBf16>(args);
+#elif defined(__AVX512BF16__)
   if (args.problem.dtype == DType::bf16) return forward<DotBf16>(args);
 #endif
   forward<Fma<float>>(args);

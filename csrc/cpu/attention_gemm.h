@@ -1,11 +1,13 @@
 // Register-tiled matmul on packed operands: C[r, :] (+)= sum_k A[r, k] * B[k, :].
 //
-// Two engines. Fma<C> multiplies one k at a time; DotBf16 takes two k at once with vdpbf16ps. With
-// depth = 1 or 2 items per step, the operands look like this:
+// Two engines here: Fma<C> multiplies one k at a time, DotBf16 takes two k at once with vdpbf16ps;
+// attention_amx.h has the third. With depth = 1 or 2 items per step, the operands look like this:
 //   A  broadcast operand: item (r, k) at a[r * a_row + (k / depth) * a_step + k % depth]
 //   B  vector operand:    item (k, n) at b[(k / depth) * b_step + n * depth + k % depth], with
 //      columns cut into panels of kPanel, b_panel items apart
 //   C  row-major in the compute type
+// An engine takes kRows rows of C at a time and k in multiples of kAlign, padded with zeros; the
+// forward gives it kForwardBlocks blocks of keys at once. Without kStridedA, a_step must be depth.
 #pragma once
 
 #include "vec.h"
@@ -20,12 +22,20 @@ inline constexpr int kTileVecs = 4;
 inline constexpr int kTileVecs = 2;
 #endif
 
+// What a thread must set up and restore around an engine's work: nothing.
+struct NoThreadState {};
+
 template <class C>
 struct Fma {
   using Compute = C;
   using Item = C;
   using Operand = Vec<C>;
+  using ThreadState = NoThreadState;
   static constexpr int kDepth = 1;
+  static constexpr int kAlign = 1;
+  static constexpr int kRows = kTileRows;
+  static constexpr int kForwardBlocks = 1;
+  static constexpr bool kStridedA = true;
 
   static Operand load_b(const Item* p) { return load<C>(p); }
   static Operand broadcast_a(const Item* p) { return broadcast(*p); }
@@ -42,7 +52,12 @@ struct DotBf16 {
   using Compute = float;
   using Item = bf16;
   using Operand = Vec<uint32_t>;
+  using ThreadState = NoThreadState;
   static constexpr int kDepth = 2;
+  static constexpr int kAlign = 2;
+  static constexpr int kRows = kTileRows;
+  static constexpr int kForwardBlocks = 1;
+  static constexpr bool kStridedA = true;
 
   static Operand load_b(const Item* p) {
     Operand v;
@@ -64,14 +79,13 @@ struct DotBf16 {
     std::memcpy(p, &packed, sizeof packed);
   }
   // Lane i of two rows side by side, for k running over rows.
-  static void store_pairs(Item* p, Vec<float> even, Vec<float> odd) {
+  static Operand pair(Vec<float> even, Vec<float> odd) {
     const auto packed = reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
     alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(order), packed);
-    std::memcpy(p, &pairs, sizeof pairs);
+    return reinterpret_cast<Operand>(_mm512_permutexvar_epi16(_mm512_load_si512(order), packed));
   }
 };
 #endif

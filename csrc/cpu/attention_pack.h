@@ -65,8 +65,8 @@ inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
     const S* p = row_of<typename E::Compute, S>(rows, r);
     for (int64_t d = 0; d < ld; d += lanes) {
       if constexpr (E::kDepth == 2) {
-        // bf16 to bf16: the detour over float is exact.
-        store_n(out + r * ld + d, load_n<float>(p + d, rows.width - d), lanes);
+        const Half bits = load_half_n(p + d, rows.width - d);
+        std::memcpy(out + r * ld + d, &bits, sizeof bits);
       } else {
         store(out + r * ld + d, load_n<typename E::Compute>(p + d, rows.width - d) * scale);
       }
@@ -74,7 +74,7 @@ inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
   }
 }
 
-// B operand, [ceil(count / depth)][ld][depth]: k runs over the rows. `scale` as above.
+// B operand, [count up to kAlign / depth][ld][depth]: k runs over the rows. `scale` as above.
 template <class E, class S>
 inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld,
                           typename E::Compute scale) {
@@ -83,16 +83,19 @@ inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld,
   if constexpr (E::kDepth == 1) {
     pack_rows_as<E, S>(rows, out, ld, scale);
   } else {
-    for (int64_t r = 0; r < rows.count; r += 2) {
+    const int64_t stop = round_up(rows.count, E::kAlign);
+    for (int64_t r = 0; r < stop; r += 2) {
       prefetch_row(rows, r + kRowsAhead, sizeof(S));
       prefetch_row(rows, r + kRowsAhead + 1, sizeof(S));
       const S* even = row_of<C, S>(rows, r);
       const S* odd = row_of<C, S>(rows, r + 1);
+      const int64_t even_width = r < rows.count ? rows.width : 0;
       const int64_t odd_width = r + 1 < rows.count ? rows.width : 0;
       for (int64_t d = 0; d < ld; d += lanes) {
-        const auto a = reinterpret_cast<Vec<uint32_t>>(load_n<C>(even + d, rows.width - d));
-        const auto b = reinterpret_cast<Vec<uint32_t>>(load_n<C>(odd + d, odd_width - d));
-        const Vec<uint32_t> pair = (a >> 16) | b;  // bf16 values: the low halves are zero
+        const Half a = load_half_n(even + d, even_width - d);
+        const Half b = load_half_n(odd + d, odd_width - d);
+        const Vec<uint32_t> pair = __builtin_convertvector(a, Vec<uint32_t>) |
+                                   __builtin_convertvector(b, Vec<uint32_t>) << 16;
         std::memcpy(out + r * ld + 2 * d, &pair, sizeof pair);
       }
     }
@@ -106,7 +109,7 @@ inline void pack_columns_as(const Rows& rows, typename E::Item* out) {
   using C = typename E::Compute;
   constexpr int lanes = kLanes<C>;
   constexpr int step_items = kPanel<E> * E::kDepth;
-  const int64_t steps = (rows.width + E::kDepth - 1) / E::kDepth;
+  const int64_t steps = round_up(rows.width, E::kAlign) / E::kDepth;
   for (int64_t r0 = 0; r0 < rows.count; r0 += lanes) {
     for (int i = 0; i < lanes; ++i) prefetch_row(rows, r0 + lanes + i, sizeof(S));
     typename E::Item* panel =
@@ -183,9 +186,12 @@ void unpack_rows(DType dtype, const C* from, int64_t ld, Scale scale, const Rows
 template <class Item>
 bool all_finite(const Item* p, int64_t n) {
   if constexpr (sizeof(Item) == 2) {
-    bool bad = false;
-    for (int64_t i = 0; i < n; ++i) bad |= (p[i].bits & 0x7f80) == 0x7f80;
-    return !bad;
+    Half bad = {};
+    constexpr int lanes = sizeof(Half) / sizeof(uint16_t);
+    for (int64_t i = 0; i < n; i += lanes) {
+      bad |= (load_half_n(p + i, lanes) & 0x7f80) == 0x7f80;
+    }
+    return reduce(bad, [](auto a, auto b) { return a | b; }) == 0;
   } else {
     Vec<Item> sum = {};
     for (int64_t i = 0; i < n; i += kLanes<Item>) sum += load<Item>(p + i) * Item(0);

@@ -73,14 +73,17 @@ inline Rows rows_of(const AttentionProblem& p, const AttentionView& view, int64_
 // Extents of the packed operands.
 template <class E>
 struct Sizes {
+  static constexpr int64_t kLane = kLanes<typename E::Compute>;
+  static constexpr int64_t kWidth = E::kAlign > kLane ? E::kAlign : kLane;
+
   int64_t q_steps, v_steps;  // of dot products over D and Dv
-  int64_t q_width, v_width;  // D and Dv in whole vectors
+  int64_t q_width, v_width;  // D and Dv in whole vectors and multiples of kAlign
 
   explicit Sizes(const AttentionProblem& p)
-      : q_steps((p.head_dim + E::kDepth - 1) / E::kDepth),
-        v_steps((p.value_dim + E::kDepth - 1) / E::kDepth),
-        q_width(round_up(p.head_dim, kLanes<typename E::Compute>)),
-        v_width(round_up(p.value_dim, kLanes<typename E::Compute>)) {}
+      : q_steps(round_up(p.head_dim, E::kAlign) / E::kDepth),
+        v_steps(round_up(p.value_dim, E::kAlign) / E::kDepth),
+        q_width(round_up(p.head_dim, kWidth)),
+        v_width(round_up(p.value_dim, kWidth)) {}
 };
 
 }  // namespace ceg::CEG_ISA

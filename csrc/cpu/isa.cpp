@@ -3,6 +3,12 @@
 #include <omp.h>
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #include <string_view>
 
 #include <algorithm>
@@ -19,6 +25,25 @@ struct Level {
   Kernels kernels;
   bool (*supported)();
 };
+
+#ifdef CEG_HAS_amx
+// The tile registers are 8 KiB a thread, which Linux saves only for processes that have asked for
+// it once; it refuses where it, or the hypervisor, does not save them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_
+  static const bool granted = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) &&
+           (edx & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 // __builtin_cpu_supports also asks the operating system whether it saves the registers. Each
 // level is a superset of the one before.
@@ -49,13 +74,20 @@ const std::vector<Level>& levels() {
       {CEG_TABLE(avx512bf16),
        [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq"); }},
 #endif
+#ifdef CEG_HAS_amx
+      {CEG_TABLE(amx),
+       [] {
+         return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") &&
+                may_use_tiles();
+       }},
+#endif
   };
   return table;
 }
 
 // Measured on a Sapphire Rapids Xeon: vdpbf16ps does 66-73 GFLOP/s a core, fp32 FMA 137-152, so
 // bf16 attention is twice as fast widened. On Zen 5 the dot product has 1.8 times the rate of the
-// FMA.
+// FMA. The tiles of AMX do 2200 on the same Xeon, and attention is three times as fast as widened.
 bool slower_than_the_level_below(const Level& level) {
 #if defined(__x86_64__)
   return std::string_view(level.kernels.isa) == "avx512bf16" && __builtin_cpu_is("intel");

@@ -21,9 +21,9 @@ struct RoofsCopyArgs {
   int threads;
 };
 
-// FLOP/s of multiply-adds from registers, the best of many short runs within `seconds`. None where
-// the instruction set computes in another type (float16), or not at all (bfloat16 without
-// AVX512-BF16). Matrix units (AMX) are not what the kernels use and are not measured.
+// FLOP/s of multiply-adds from registers, tiles in bfloat16 where the level has them, the best of
+// many short runs within `seconds`. None where the instruction set computes in another type
+// (float16), or not at all (bfloat16 without AVX512-BF16).
 std::optional<double> fma_flops(const std::string& dtype, int threads, double seconds,
                                 const std::string& isa);
 

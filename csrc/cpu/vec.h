@@ -169,7 +169,25 @@ inline Vec<C> load_n(const S* p, int64_t n) {
 #endif
 }
 
-// The same for 16-bit items taken as they are, two to a lane.
+// The same for 16-bit items taken as they are.
+template <class S>
+inline Half load_half_n(const S* p, int64_t n) {
+  constexpr int items = kVecBytes / 4;
+  static_assert(sizeof(S) == 2, "for bf16 and f16");
+  Half v = {};
+  if (n >= items) {
+    std::memcpy(&v, p, sizeof v);
+  } else if (n > 0) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    v = reinterpret_cast<Half>(_mm256_maskz_loadu_epi16((1u << n) - 1u, p));
+#else
+    std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(S));
+#endif
+  }
+  return v;
+}
+
+// And two to a lane.
 template <class S>
 inline Vec<uint32_t> load_bits_n(const S* p, int64_t n) {
   constexpr int items = kVecBytes / 2;
