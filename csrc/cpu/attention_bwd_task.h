@@ -240,13 +240,20 @@ class Backward {
     }
     if (dq == nullptr || seen.empty()) return;
 
-    if constexpr (kD == 2) store_ds(rows, dp);
+    if constexpr (kD == 2) store_ds(rows, dp, false);
     const int64_t k0 = seen.first / E::kAlign * E::kAlign / kD;
     const Item* ds = kD == 1 ? t_.ds_block + at * kBlock : t_.ds_rows;
     const Gemm<E> product = {
         ds + k0 * kD,   kBlock, kD,    t_.k_steps + k0 * kD * n_.q_width,        n_.q_width * kD,
         kPanel<E> * kD, dq,     dq_ld, round_up(seen.last, E::kAlign) / kD - k0, kOnes.row};
-    if (k_finite_) return gemm<E>(product, rows, n_.q_width);
+    if (k_finite_) {
+      gemm<E>(product, rows, n_.q_width);
+      if constexpr (kD == 2) {
+        store_ds(rows, dp, true);
+        gemm<E>(product, rows, n_.q_width);
+      }
+      return;
+    }
     for (int row = 0; row < rows; ++row) {
       const Range own = intersect(t_.keys[r + row], {j0_, j0_ + keys_});
       const int64_t origin = j0_ + k0 * kD;
@@ -313,12 +320,20 @@ class Backward {
     }
   }
 
-  // A tile of dS as the A operand of dQ.
-  void store_ds(int rows, const C* ds) {
+  // A tile of dS as the A operand of dQ; `rest`: what its rounding, which is there, has left over.
+  // dS sums to 0 over the keys and rounded dS does not: a component that all keys share would come
+  // back multiplied by the difference, up to 6 times what the accuracy rule allows.
+  void store_ds(int rows, const C* ds, bool rest) {
     for (int row = 0; row < rows; ++row) {
       for (int64_t c = 0; c < kBlock; c += 2 * kL) {
         const C* here = ds + row * kBlock + c;
-        E::store_a(t_.ds_rows + row * kBlock + c, load<C>(here), load<C>(here + kL));
+        Item* out = t_.ds_rows + row * kBlock + c;
+        Vec<C> low = load<C>(here), high = load<C>(here + kL);
+        if (rest) {
+          low -= load<C>(out);
+          high -= load<C>(out + kL);
+        }
+        E::store_a(out, low, high);
       }
     }
   }
