@@ -91,6 +91,79 @@ def test_bits_do_not_depend_on_the_threads(isa, flags, dtype):
             assert torch.equal(ours, first)
 
 
+# Few queries against many keys: the keys are cut into chunks, whose partial results are merged.
+# A window begins inside a block and leaves keys without a query.
+DECODE = {
+    "one query": (1, 5000, {"causal": True}),
+    "three queries": (3, 5000, {"causal": True}),
+    "window": (3, 5000, {"causal": True, "window": (1900, -1)}),
+    "sink": (1, 5000, {"sink": normal(4, seed=1)}),
+    "everything": (3, 5000, {
+        "slopes": normal(4).abs() * 0.001, "sink": normal(4, seed=1), "causal": True,
+        "window": (4000, -1), "softcap": 4.0,
+    }),
+    "D80": (2, 1300, {"causal": True}),
+    "24 rows": (12, 1100, {"causal": True, "window": (600, -1)}),
+}  # fmt: skip
+
+
+def decode_inputs(name, dtype):
+    tq, tk, flags = DECODE[name]
+    d = 80 if name == "D80" else 64
+    q = normal(1, tq, 4, d, dtype=dtype)
+    k, v = (normal(1, tk, 2, d, dtype=dtype, seed=i) for i in (1, 2))
+    return q, k, v, tail(tq, tk, **flags)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", DECODE)
+def test_decoding_matches_the_reference_with_any_number_of_threads(isa, name, dtype):
+    q, k, v, rest = decode_inputs(name, dtype)
+    first = forward(isa, q, k, v, rest, threads=1)
+    assert compare(ATTENTION, first, (q, k, v, *rest)) <= 1
+    for threads in (2, 3):
+        for ours, other in zip(forward(isa, q, k, v, rest, threads), first, strict=True):
+            assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_decoding_of_sequences_of_all_lengths(isa, causal):
+    # No query, no key, more queries than keys, one chunk, several.
+    lengths_q, lengths_k = [1, 0, 3, 4, 2, 1], [1500, 700, 0, 2, 300, 2000]
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+    q, k, v = normal(11, 4, 32), normal(4502, 2, 32, seed=1), normal(4502, 2, 32, seed=2)
+    flags = None, None, 0.2, causal, -1, -1, 0.0
+    args = q, k, v, cu_q, cu_k, 4, 2000, *flags
+    runs = []
+    for threads in (1, 3):
+        out, lse = torch.empty(11, 4, 32), torch.empty(4, 11)
+        _C.attention_fwd(*args[:9], out, lse, *args[9:], threads, isa)
+        runs.append((out, lse))
+    assert compare(ATTENTION, runs[0], args) <= 1
+    for ours, other in zip(*runs, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_decoding_keeps_bad_values_with_who_sees_them(isa, bad):
+    q, k, v, rest = decode_inputs("three queries", torch.float32)
+    clean, lse = forward(isa, q, k, v, rest)
+    for name, at in (("v", 4998), ("k", 4998), ("v", 700), ("k", 700)):
+        args = {"k": k.clone(), "v": v.clone()}
+        args[name][0, at, 0, 3] = bad
+        out, lse_bad = forward(isa, q, args["k"], args["v"], rest)
+        blind = 1 if at > 4997 else 0  # the first query sees keys up to 4997
+        assert torch.equal(out[:, :blind], clean[:, :blind])
+        assert torch.equal(out[:, :, 2:], clean[:, :, 2:])  # the other kv head
+        assert torch.equal(lse_bad[:, :, :blind], lse[:, :, :blind])
+        if name == "v":
+            assert not out[0, blind:, :2, 3].isfinite().any()
+            others = [d for d in range(64) if d != 3]
+            assert torch.equal(out[..., others], clean[..., others])
+        elif math.isnan(bad):
+            assert out[0, blind:, :2].isnan().all()
+
+
 def test_dq_of_16_bit_inputs_within_the_scratch_budget(isa):
     # Short enough to be summed in fp32 scratch with one thread, not with the two passes' tasks.
     dout, q, k, v, rest = long_inputs(torch.float16, {"causal": True}, tq=140, tk=140, heads=2)

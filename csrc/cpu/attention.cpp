@@ -215,6 +215,49 @@ int64_t queries_per_task(const AttentionProblem& p, int threads, int64_t bytes) 
   return queries;
 }
 
+// How a forward with few queries (decoding) is cut along its keys, or one chunk where that does not
+// pay. It follows from shapes and flags alone: the threads must not move a boundary, because each
+// boundary rounds.
+struct KeyChunks {
+  int64_t count = 1, keys = 0;
+};
+
+KeyChunks key_chunks(const AttentionProblem& p) {
+  // Below 512 keys a chunk's start and its share of the combination show (1 query, D = 64).
+  constexpr int64_t kLeastKeys = 512;
+  constexpr int64_t kEnoughTasks = 128;
+  constexpr int64_t kPartialBytes = int64_t{512} << 10;
+  const int64_t heads = p.batch * p.kv_heads;
+  const int64_t rows = p.max_q * p.group();
+  if (heads == 0 || rows == 0 || !p.few_rows()) return {};
+  const int64_t span = std::min(p.max_k, p.window_left + p.window_right + p.max_q);
+  // A state holds a row of whole vectors, its maximum and its sum.
+  const int64_t state_bytes =
+      rows * ((p.value_dim + 15) / 16 * 16 + 2) * item_size(compute_type(p.dtype));
+  const int64_t count =
+      std::min({(span + kLeastKeys - 1) / kLeastKeys, (kEnoughTasks + heads - 1) / heads,
+                kPartialBytes / (heads * state_bytes)});
+  if (count < 2) return {};
+  // A window can begin anywhere in a block.
+  const int64_t blocks = (span + kAttentionBlockKeys - 1) / kAttentionBlockKeys + 1;
+  const int64_t keys = (blocks + count - 1) / count * kAttentionBlockKeys;
+  return {(blocks * kAttentionBlockKeys + keys - 1) / keys, keys};
+}
+
+std::vector<AttentionTask> make_chunk_tasks(const AttentionProblem& p, KeyChunks chunks) {
+  std::vector<AttentionTask> tasks;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t shift = p.k_len(b) - p.q_len(b);
+    const int64_t seen = std::max<int64_t>(0, shift - p.window_left);
+    const int64_t begin = seen / kAttentionBlockKeys * kAttentionBlockKeys;
+    const int64_t keys = p.q_len(b) > 0 ? chunks.keys : 0;
+    for (int64_t c = 0; c < chunks.count; ++c) {
+      tasks.push_back({b, 0, p.q_len(b), begin + c * keys, begin + (c + 1) * keys, c == 0});
+    }
+  }
+  return tasks;
+}
+
 }  // namespace
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
@@ -248,7 +291,11 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   args.lse = row_view_of(lse, in.varlen());
   args.threads = thread_count(threads);
   const int64_t queries = queries_per_task(args.problem, args.threads, kForwardRowBytes);
-  const std::vector<AttentionTask> tasks = make_tasks(args.problem, true, queries);
+  const KeyChunks chunks = key_chunks(args.problem);
+  args.chunks = chunks.count;
+  const std::vector<AttentionTask> tasks = chunks.count > 1
+                                               ? make_chunk_tasks(args.problem, chunks)
+                                               : make_tasks(args.problem, true, queries);
   args.tasks = tasks.data();
   args.num_tasks = static_cast<int64_t>(tasks.size());
   args.task_rows = queries * args.problem.group();

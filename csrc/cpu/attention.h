@@ -33,15 +33,21 @@ struct AttentionProblem {
   static constexpr int64_t kUnbounded = int64_t{1} << 40;  // sums with positions cannot overflow
 
   int64_t group() const { return heads / kv_heads; }
+  // Decoding: keys are not packed, and long ones are cut into chunks. From the shape alone, because
+  // sums are taken in another order.
+  bool few_rows() const { return max_q * group() <= 48; }
   int64_t q_begin(int64_t b) const { return cu_q ? cu_q[b] : 0; }
   int64_t k_begin(int64_t b) const { return cu_k ? cu_k[b] : 0; }
   int64_t q_len(int64_t b) const { return cu_q ? cu_q[b + 1] - cu_q[b] : max_q; }
   int64_t k_len(int64_t b) const { return cu_k ? cu_k[b + 1] - cu_k[b] : max_k; }
 };
 
-// Rows [first, first + count) of sequence `batch`, for every kv head.
+// Rows [first, first + count) of sequence `batch`, for every kv head. Of keys, those that the band
+// and [key_begin, key_end) have in common.
 struct AttentionTask {
   int64_t batch, first, count;
+  int64_t key_begin = 0, key_end = AttentionProblem::kUnbounded;
+  bool sink = true;  // the sink counts here, as in one chunk of a sequence it must
 };
 
 struct AttentionFwdArgs {
@@ -50,6 +56,10 @@ struct AttentionFwdArgs {
   const AttentionTask* tasks;  // of queries, longest first
   int64_t num_tasks;
   int64_t task_rows;  // no task has more queries * heads of a group than this
+  // Above 1, task b * chunks + c takes chunk c of the keys that sequence b sees and leaves a
+  // partial result, and the partial results of a sequence are put together in the order of its
+  // chunks.
+  int64_t chunks = 1;
   int threads;
 };
 

@@ -4,10 +4,14 @@
 //
 // A row's arithmetic depends only on its own visible keys and the fixed block grid (a tile's extra
 // columns contribute exact zeros), so neither the task size nor the thread count changes its bits.
+//
+// With few queries and many keys (decoding) a task is one chunk of the keys: its state stays where
+// it is until all are done, then the chunks of a sequence are merged in order and written.
 #include <cmath>
 #include <limits>
 
 #include "attention_amx.h"
+#include "attention_dots.h"
 #include "attention_mask.h"
 #include "attention_pack.h"
 #include "kernels.h"
@@ -47,6 +51,7 @@ struct Scratch {
 template <class E>
 class Task {
   using C = typename E::Compute;
+  using Item = typename E::Item;
   static constexpr int kL = kLanes<C>;
   static constexpr int64_t kBlock = Scratch<E>::kBlock;
   static constexpr int kStats = (E::kRows + kL - 1) / kL * kL;  // rows in whole vectors
@@ -66,8 +71,15 @@ class Task {
         t_(scratch) {}
 
   void run() {
+    accumulate();
+    write();
+  }
+
+  // Leaves out, top and sum in the scratch.
+  void accumulate() {
     load_queries();
-    const Range keys = band_.keys_of(task_.first, task_.first + task_.count);
+    const Range keys = intersect(band_.keys_of(task_.first, task_.first + task_.count),
+                                 {task_.key_begin, task_.key_end});
     for (int64_t j0 = keys.first / kBlock * kBlock; j0 < keys.last; j0 += kBlock) {
       const Range block = intersect({j0, j0 + kBlock}, keys);
       load_keys(j0, block.last - j0);
@@ -75,6 +87,12 @@ class Task {
         visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0);
       }
     }
+  }
+
+  // Joins the states that the later chunks of the keys left.
+  template <class StateOf>
+  void finish(int64_t chunks, StateOf state) {
+    for (int64_t c = 1; c < chunks; ++c) merge(state(c));
     write();
   }
 
@@ -95,9 +113,9 @@ class Task {
     }
     std::memset(t_.out, 0, static_cast<size_t>(rows_ * n_.v_width) * sizeof(C));
     for (int64_t r = 0; r < rows_; ++r) {
-      t_.keys[r] = band_.keys_of(query(r));
+      t_.keys[r] = intersect(band_.keys_of(query(r)), {task_.key_begin, task_.key_end});
       // The sink is a key without a value: the state after having seen it.
-      const bool sink = p_.sink.data != nullptr;
+      const bool sink = p_.sink.data != nullptr && task_.sink;
       t_.top[r] = sink ? static_cast<const C*>(p_.sink.data)[head(r) * p_.sink.head] : -kInf;
       t_.sum[r] = sink ? C(1) : C(0);
     }
@@ -105,8 +123,11 @@ class Task {
 
   void load_keys(int64_t j0, int64_t count) {
     const int64_t first = p_.k_begin(task_.batch) + j0;
-    pack_columns<E>(p_.dtype, rows(args_.k, first, kv_head_, count, p_.head_dim), t_.k);
-    pack_steps<E>(p_.dtype, rows(args_.v, first, kv_head_, count, p_.value_dim), t_.v, n_.v_width);
+    k_rows_ = rows(args_.k, first, kv_head_, count, p_.head_dim);
+    v_rows_ = rows(args_.v, first, kv_head_, count, p_.value_dim);
+    if (p_.few_rows()) return;
+    pack_columns<E>(p_.dtype, k_rows_, t_.k);
+    pack_steps<E>(p_.dtype, v_rows_, t_.v, n_.v_width);
     v_finite_ = all_finite(t_.v, round_up(count, E::kDepth) * n_.v_width);
   }
 
@@ -119,14 +140,40 @@ class Task {
     const int64_t start = seen.first / kPanel<E> * kPanel<E>;
     const int64_t stop = round_up(seen.last, 2 * kL);
 
-    const int64_t panel = n_.q_steps * kPanel<E> * E::kDepth;
-    gemm<E>({t_.q + r * n_.q_width, n_.q_width, E::kDepth, t_.k + start / kPanel<E> * panel,
-             kPanel<E> * E::kDepth, panel, t_.s + start, kBlock, n_.q_steps, nullptr},
-            rows, stop - start);
+    scores(t_.q + r * n_.q_width, rows, start, stop);
 
     C rescale[kStats];
     softmax(r, rows, j0, {start, stop}, rescale);
+    values(r, rows, block, j0, seen, rescale);
+  }
 
+  void scores(const Item* q, int rows, int64_t start, int64_t stop) {
+    if constexpr (E::kDepth == 1) {
+      if (p_.few_rows()) {
+        dot_scores<E>(p_.dtype, q, n_.q_width, rows, k_rows_, start, stop, t_.s, kBlock);
+        return;
+      }
+    }
+    const int64_t panel = n_.q_steps * kPanel<E> * E::kDepth;
+    gemm<E>({q, n_.q_width, E::kDepth, t_.k + start / kPanel<E> * panel, kPanel<E> * E::kDepth,
+             panel, t_.s + start, kBlock, n_.q_steps, nullptr},
+            rows, stop - start);
+  }
+
+  void values(int64_t r, int rows, Range block, int64_t j0, Range seen, const C* rescale) {
+    Range own[E::kRows];
+    for (int i = 0; i < rows; ++i) {
+      const Range keys = intersect(t_.keys[r + i], block);
+      own[i] = {keys.first - j0, keys.last - j0};
+    }
+    if constexpr (E::kDepth == 1) {
+      if (p_.few_rows()) {
+        const WeightedSum<C> sum = {t_.p,       kBlock, v_rows_, t_.out + r * n_.v_width,
+                                    n_.v_width, rescale};
+        add_values<E>(p_.dtype, sum, rows, n_.v_width, seen, own);
+        return;
+      }
+    }
     const int64_t k0 = seen.first / E::kAlign * E::kAlign / E::kDepth;
     const int64_t k1 = round_up(seen.last, E::kAlign) / E::kDepth;
     const Gemm<E> pv = {t_.p + k0 * E::kDepth,
@@ -142,10 +189,9 @@ class Task {
     if (v_finite_) {
       gemm<E>(pv, rows, n_.v_width);
     } else {
+      const int64_t origin = k0 * E::kDepth;
       for (int i = 0; i < rows; ++i) {
-        const Range own = intersect(t_.keys[r + i], block);
-        const int64_t origin = j0 + k0 * E::kDepth;
-        gemm_exact<E>(pv, i, own.first - origin, own.last - origin, n_.v_width);
+        gemm_exact<E>(pv, i, own[i].first - origin, own[i].last - origin, n_.v_width);
       }
     }
   }
@@ -203,6 +249,23 @@ class Task {
     }
   }
 
+  // The state of rows that saw later keys joins ours.
+  void merge(const Scratch<E>& later) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const C top = std::fmax(t_.top[r], later.top[r]);
+      const C shift = top == -kInf ? C(0) : top;
+      const C ours = exp(broadcast(t_.top[r] - shift))[0];
+      const C theirs = exp(broadcast(later.top[r] - shift))[0];
+      C* out = t_.out + r * n_.v_width;
+      const C* more = later.out + r * n_.v_width;
+      for (int64_t d = 0; d < n_.v_width; d += kL) {
+        store(out + d, load<C>(out + d) * ours + load<C>(more + d) * theirs);
+      }
+      t_.sum[r] = t_.sum[r] * ours + later.sum[r] * theirs;
+      t_.top[r] = top;
+    }
+  }
+
   void write() {
     const int64_t first = p_.q_begin(task_.batch) + task_.first;
     for (int64_t g = 0; g < p_.group(); ++g) {
@@ -229,13 +292,51 @@ class Task {
   Sizes<E> n_;
   Logits<E> logits_;
   Scratch<E> t_;
+  Rows k_rows_ = {}, v_rows_ = {};  // of the block
   bool v_finite_ = true;
+};
+
+// The states of all (task, kv head) pairs, where tasks are chunks of keys.
+template <class E>
+class States {
+ public:
+  States(Arena& arena, const AttentionFwdArgs& args) {
+    Carver count(nullptr);
+    carve(count, args);
+    Carver carver(arena.reserve(count.used()));
+    carve(carver, args);
+  }
+
+  // `scratch`, with the state of task i in the place of its own.
+  Scratch<E> state(Scratch<E> scratch, int64_t i) const {
+    scratch.out = out_ + i * out_items_;
+    scratch.top = top_ + i * rows_;
+    scratch.sum = sum_ + i * rows_;
+    return scratch;
+  }
+
+ private:
+  using C = typename E::Compute;
+
+  void carve(Carver& carver, const AttentionFwdArgs& args) {
+    const int64_t count = args.chunks > 1 ? args.num_tasks * args.problem.kv_heads : 0;
+    rows_ = round_up(args.task_rows, kLanes<C>);  // no cache line has two writers
+    out_items_ = args.task_rows * Sizes<E>(args.problem).v_width;
+    out_ = carver.template take<C>(count * out_items_);
+    top_ = carver.template take<C>(count * rows_);
+    sum_ = carver.template take<C>(count * rows_);
+  }
+
+  int64_t rows_, out_items_;
+  C *out_, *top_, *sum_;
 };
 
 template <class E>
 void forward(const AttentionFwdArgs& args) {
   const int64_t kv_heads = args.problem.kv_heads;
   const Sizes<E> sizes(args.problem);
+  static thread_local Arena states_arena;
+  const States<E> states(states_arena, args);
 #pragma omp parallel num_threads(args.threads)
   {
     const DenormalsOff guard;
@@ -248,7 +349,22 @@ void forward(const AttentionFwdArgs& args) {
     scratch.carve(carver, sizes, args.task_rows);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < args.num_tasks * kv_heads; ++i) {
-      Task<E>(args, args.tasks[i / kv_heads], i % kv_heads, scratch).run();
+      const AttentionTask& task = args.tasks[i / kv_heads];
+      if (args.chunks == 1) {
+        Task<E>(args, task, i % kv_heads, scratch).run();
+      } else {
+        Task<E>(args, task, i % kv_heads, states.state(scratch, i)).accumulate();
+      }
+    }
+    if (args.chunks > 1) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < args.problem.batch * kv_heads; ++i) {
+        const int64_t first = i / kv_heads * args.chunks;
+        const auto state = [&](int64_t chunk) {
+          return states.state(scratch, (first + chunk) * kv_heads + i % kv_heads);
+        };
+        Task<E>(args, args.tasks[first], i % kv_heads, state(0)).finish(args.chunks, state);
+      }
     }
   }
 }
@@ -258,9 +374,12 @@ void forward(const AttentionFwdArgs& args) {
 void attention_fwd_kernel(const AttentionFwdArgs& args) {
   if (args.problem.dtype == DType::f64) return forward<Fma<double>>(args);
 #if defined(__AMX_BF16__)
-  if (args.problem.dtype == DType::bf16) return forward<AmxBf16>(args);
+  using Bf16 = AmxBf16;
 #elif defined(__AVX512BF16__)
-  if (args.problem.dtype == DType::bf16) return forward<DotBf16>(args);
+  using Bf16 = DotBf16;
+#endif
+#if defined(__AVX512BF16__)
+  if (args.problem.dtype == DType::bf16 && !args.problem.few_rows()) return forward<Bf16>(args);
 #endif
   forward<Fma<float>>(args);
 }

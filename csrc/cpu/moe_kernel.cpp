@@ -92,6 +92,7 @@ void combine(const MoeCombineArgs& a) {
 
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
     Scratch<const S*> rows(top_k);
     Scratch<C> weights(top_k);
 #pragma omp for schedule(static)
@@ -120,6 +121,7 @@ void combine_backward(const MoeCombineBwdArgs& a) {
 
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
     // By token: dout stays in L1 for all its choices, and y is read once for
     // both gradients.
 #pragma omp for schedule(static)

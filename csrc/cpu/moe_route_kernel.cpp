@@ -139,6 +139,7 @@ void route(const MoeRouteArgs& a) {
 
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
     RowBuffers<C> row(experts);
     Scratch<int32_t> counts(experts);
     for (int64_t e = 0; e < experts; ++e) counts.data()[e] = 0;
@@ -212,6 +213,7 @@ void route_backward(const MoeRouteBwdArgs& a) {
   using C = ComputeOf<S>;
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
     RowBuffers<C> row(a.logits.shape[1]);
     Scratch<double> weights(a.dweights.shape[1]);
 #pragma omp for schedule(static)

@@ -41,6 +41,7 @@ void forward(const RmsNormFwdArgs& a) {
 
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const S* x = a.x.ptr<S>() + row * a.x.stride[0];
@@ -159,6 +160,7 @@ void backward(const RmsNormBwdArgs& a) {
 
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < n_partials; ++p) {
       C* partial = a.dweight ? partials.data() + p * dim : nullptr;

@@ -111,6 +111,7 @@ void rotate(const RopeArgs& a) {
 
 #pragma omp parallel num_threads(a.threads)
   {
+    const DenormalsOff guard;
     Scratch<C> pairs(a.interleaved ? 4 * a.cos.shape[1] + 2 * kLanes<C> : 0);
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < batch * length; ++token) {

@@ -6,7 +6,7 @@
 
 #include "../tensor.h"
 #include "isa.h"
-#include "vec.h"
+#include "vec_math.h"
 
 namespace ceg::CEG_ISA {
 

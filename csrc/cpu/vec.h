@@ -65,17 +65,51 @@ inline Vec<T> broadcast(T x) {
 
 // ---- 16-bit formats ---------------------------------------------------------------------------
 
+#if defined(__AVX512BW__)
+// Which 16-bit item goes where: 0 0 1 1 2 2 ..., and 1 3 5 ... (the upper 16 do not matter).
+inline constexpr Vec<uint16_t> kEachTwice = {0,  0,  1,  1,  2,  2,  3,  3,  4,  4,  5,
+                                             5,  6,  6,  7,  7,  8,  8,  9,  9,  10, 10,
+                                             11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+inline constexpr Vec<uint16_t> kUpperHalves = {1,  3,  5,  7,  9,  11, 13, 15,
+                                               17, 19, 21, 23, 25, 27, 29, 31};
+#endif
+
 inline Vec<float> widen(Half bits, bf16) {
+#if defined(__AVX512BW__)
+  // Each item to the upper half of its lane in one shuffle; converting and shifting takes two
+  // instructions.
+  const __m512i items = _mm512_castsi256_si512(reinterpret_cast<__m256i>(bits));
+  const auto lane = reinterpret_cast<__m512i>(kEachTwice);
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, lane, items));
+#else
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
+#endif
 }
 
-// Round to nearest even; NaN stays NaN. vcvtneps2bf16 is not used: it flushes denormals, and
-// results should not depend on the level.
+// Round to nearest even; NaN stays NaN. Denormals are zero where the kernels run (DenormalsOff), as
+// they are for vcvtneps2bf16, so that results do not depend on the level.
 inline Half narrow(Vec<float> v, bf16) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Half>(_mm512_maskz_cvtneps_pbh(0xffff, reinterpret_cast<__m512>(v)));
+#elif defined(__AVX512BW__)
+  // The upper halves of the lanes in one shuffle, where vpmovdw takes two and a shift.
+  const auto u = reinterpret_cast<__m512i>(v);
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan =
+      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), _CMP_UNORD_Q);
+  __m512i r = _mm512_maskz_add_epi32(0xffff, u, _mm512_set1_epi32(0x7fff));
+  r = _mm512_mask_add_epi32(r, odd, u, _mm512_set1_epi32(0x8000));
+  r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+  const auto packed = reinterpret_cast<Vec<uint16_t>>(
+      _mm512_maskz_permutexvar_epi16(0xffffffff, reinterpret_cast<__m512i>(kUpperHalves), r));
+  return __builtin_shufflevector(packed, packed, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                 15);
+#else
   const auto u = reinterpret_cast<Vec<uint32_t>>(v);
   const Vec<uint32_t> rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const Vec<uint32_t> bits = v != v ? (u | 0x400000u) : rounded;
   return __builtin_convertvector(bits >> 16, Half);
+#endif
 }
 
 inline Vec<float> widen(Half bits, f16) {
