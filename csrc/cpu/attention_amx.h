@@ -21,7 +21,7 @@ struct AmxBf16 : DotBf16 {
   using ThreadState = TileRegisters;
   static constexpr int kRows = 2 * kTile;
   static constexpr int kAlign = 32;
-  // Loading and storing the accumulators of p.v costs as much as 128 keys of multiplications.
+  // p.v loads and stores its accumulators once a block: 256 keys are 10-15% faster than 128.
   static constexpr int kForwardBlocks = 2;
   static constexpr bool kStridedA = false;
 };
