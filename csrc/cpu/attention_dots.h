@@ -102,14 +102,8 @@ template <class S, int rows, int vecs, bool check, class C>
 bool sum_columns(const WeightedSum<C>& w, int64_t d, Range keys) {
   constexpr int lanes = kLanes<C>;
   constexpr int64_t kAhead = 16;
-  Vec<C> acc[rows][vecs], zero[vecs] = {};
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vecs; ++v) {
-      acc[r][v] = load<C>(w.out + r * w.out_row + d + v * lanes) * w.scale[r];
-    }
-  }
+  // From zero: the error then grows with the keys of a block and the number of blocks apart.
+  Vec<C> acc[rows][vecs] = {}, zero[vecs] = {};
   const int64_t left = w.values.width - d;
   const auto step = [&](int64_t j, int64_t n) {
     const S* value = row_of<C, S>(w.values, j) + d;
@@ -135,7 +129,10 @@ bool sum_columns(const WeightedSum<C>& w, int64_t d, Range keys) {
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vecs; ++v) store(w.out + r * w.out_row + d + v * lanes, acc[r][v]);
+    for (int v = 0; v < vecs; ++v) {
+      C* out = w.out + r * w.out_row + d + v * lanes;
+      store(out, load<C>(out) * w.scale[r] + acc[r][v]);
+    }
   }
   return true;
 }

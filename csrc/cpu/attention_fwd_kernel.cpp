@@ -373,13 +373,11 @@ void forward(const AttentionFwdArgs& args) {
 
 void attention_fwd_kernel(const AttentionFwdArgs& args) {
   if (args.problem.dtype == DType::f64) return forward<Fma<double>>(args);
+  if (args.problem.few_rows()) return forward<Fma<float>>(args);  // what attention_dots.h is for
 #if defined(__AMX_BF16__)
-  using Bf16 = AmxBf16;
+  if (args.problem.dtype == DType::bf16) return forward<AmxBf16>(args);
 #elif defined(__AVX512BF16__)
-  using Bf16 = DotBf16;
-#endif
-#if defined(__AVX512BF16__)
-  if (args.problem.dtype == DType::bf16 && !args.problem.few_rows()) return forward<Bf16>(args);
+  if (args.problem.dtype == DType::bf16) return forward<DotBf16>(args);
 #endif
   forward<Fma<float>>(args);
 }
