@@ -65,8 +65,8 @@ struct AttentionBwdArgs {
   int threads;
 };
 
-// Keys of one block (the AMX forward takes two at once). Fixed for all thread counts: it decides the
-// order of the sums.
+// Keys of one block (the AMX forward takes two at once). Fixed for all thread counts: it decides
+// the order of the sums.
 inline constexpr int64_t kAttentionBlockKeys = 128;
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
