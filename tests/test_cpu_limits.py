@@ -35,16 +35,6 @@ def run_attention(q, k, v, dout, *, threads, isa):
     return out, lse, *grads
 
 
-# fp32 fails: p.v, dq, dk and dv each add up all keys or queries in one chain of FMAs, so that the
-# rounding of every product is that of the whole sum. bf16 outputs are too coarse to show it.
-TOO_LONG_A_CHAIN = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float32, id="fp32", marks=pytest.mark.xfail(strict=True)),
-        pytest.param(torch.bfloat16, id="bf16"),
-    ],
-)
-
 # ---- long sequences ------------------------------------------------------------------------
 
 
@@ -61,7 +51,7 @@ def check_long(q, k, v, dout, isa):
     assert compare(ATTENTION_BACKWARD, (*grads, torch.empty(0)), args) <= 1
 
 
-@TOO_LONG_A_CHAIN
+@TWO_DTYPES
 @pytest.mark.parametrize("isa", LEVELS)
 def test_the_last_queries_of_16k(isa, dtype):
     # 64 of 16,384 queries: the reference materialises what is left.
@@ -70,7 +60,7 @@ def test_the_last_queries_of_16k(isa, dtype):
     check_long(q, k, v, dout, isa)
 
 
-@TOO_LONG_A_CHAIN
+@TWO_DTYPES
 def test_all_of_4k(dtype):
     q, k, v, dout = (normal(1, 4096, 1, 32, dtype=dtype, seed=i) for i in range(4))
     check_long(q, k, v, dout, "")

@@ -114,22 +114,9 @@ template <class E, int rows, int vecs>
 void gemm_tile(const Gemm<E>& g, const typename E::Item* b, typename E::Compute* c) {
   using C = typename E::Compute;
   constexpr int lanes = kLanes<C>;
-  Vec<C> acc[rows][vecs];
-  if (g.scale == nullptr) {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < vecs; ++v) acc[r][v] = Vec<C>{};
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < vecs; ++v) {
-        acc[r][v] = load<C>(c + r * g.c_row + v * lanes) * g.scale[r];
-      }
-    }
-  }
+  // From zero also where C is added to: the rounding errors then grow with the steps and with the
+  // number of calls apart, not with their product.
+  Vec<C> acc[rows][vecs] = {};
   const typename E::Item* a = g.a;
   for (int64_t step = 0; step < g.steps; ++step) {
     typename E::Operand bv[vecs];
@@ -147,7 +134,10 @@ void gemm_tile(const Gemm<E>& g, const typename E::Item* b, typename E::Compute*
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vecs; ++v) store(c + r * g.c_row + v * lanes, acc[r][v]);
+    for (int v = 0; v < vecs; ++v) {
+      C* out = c + r * g.c_row + v * lanes;
+      store(out, g.scale ? load<C>(out) * g.scale[r] + acc[r][v] : acc[r][v]);
+    }
   }
 }
 
