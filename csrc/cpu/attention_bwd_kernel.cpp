@@ -129,13 +129,18 @@ void backward(const AttentionBwdArgs& args) {
 }  // namespace
 
 void attention_bwd_kernel(const AttentionBwdArgs& args) {
-  if (args.problem.dtype == DType::f64) return backward<Fma<double>>(args);
+#if defined(__AVX512BF16__)
 #if defined(__AMX_BF16__)
-  if (args.problem.dtype == DType::bf16) return backward<AmxBf16>(args);
-#elif defined(__AVX512BF16__)
-  if (args.problem.dtype == DType::bf16) return backward<DotBf16>(args);
+  using Bf16 = AmxBf16;
+#else
+  using Bf16 = DotBf16;
 #endif
-  backward<Fma<float>>(args);
+  if (args.problem.dtype == DType::bf16) return backward<Bf16>(args);
+  avx512::attention_bwd_kernel(args);  // the same code: not compiled again
+#else
+  if (args.problem.dtype == DType::f64) return backward<Fma<double> >(args);
+  backward<Fma<float> >(args);
+#endif
 }
 
 }  // namespace ceg::CEG_ISA

@@ -372,14 +372,20 @@ void forward(const AttentionFwdArgs& args) {
 }  // namespace
 
 void attention_fwd_kernel(const AttentionFwdArgs& args) {
-  if (args.problem.dtype == DType::f64) return forward<Fma<double>>(args);
-  if (args.problem.few_rows()) return forward<Fma<float>>(args);  // what attention_dots.h is for
+#if defined(__AVX512BF16__)
 #if defined(__AMX_BF16__)
-  if (args.problem.dtype == DType::bf16) return forward<AmxBf16>(args);
-#elif defined(__AVX512BF16__)
-  if (args.problem.dtype == DType::bf16) return forward<DotBf16>(args);
+  using Bf16 = AmxBf16;
+#else
+  using Bf16 = DotBf16;
 #endif
-  forward<Fma<float>>(args);
+  // attention_dots.h, which few rows are for, multiplies in fp32.
+  const bool dots = args.problem.few_rows();
+  if (args.problem.dtype == DType::bf16 && !dots) return forward<Bf16>(args);
+  avx512::attention_fwd_kernel(args);  // the same code: not compiled again
+#else
+  if (args.problem.dtype == DType::f64) return forward<Fma<double> >(args);
+  forward<Fma<float> >(args);
+#endif
 }
 
 }  // namespace ceg::CEG_ISA
