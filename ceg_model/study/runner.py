@@ -258,6 +258,8 @@ class _Pool:
         self.left -= self._job_weight(job)
         if isinstance(job, TrainJob):
             rest = {run: spec for run, spec in job.specs.items() if run not in worker.ended}
+            if not rest:  # it died between its last result and saying so
+                return
             job = dataclasses.replace(job, specs=rest)
         self._retry(job, f"its process ended with status {code}")
 

@@ -43,7 +43,7 @@ Job = TrainJob | TimingJob
 def work(
     pipe: Connection, stop: Any, threads: int, deadline: float | None, gpu: int | None
 ) -> None:
-    """Messages sent: ("step", share, text), ("ended", run id, result), ("done", result or None).
+    """Messages sent: ("step", share), ("ended", run id, result), ("done", result or None).
 
     The result of a run that failed has status "failed" and a reason; so has that of a timing.
     """
