@@ -23,7 +23,7 @@ MISSING = (
     if importlib.util.find_spec("triton") is not None
     else "triton is not installed; run pip install 'triton>=3.6'"
 )
-# Read once, as Triton does when it is imported: a kernel is either compiled or interpreted for good.
+# Read once, as Triton does: a kernel is compiled or interpreted for good when it is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 

@@ -1,9 +1,9 @@
 """Every kernel compiled for every target, on any machine: no GPU takes part.
 
-A kernel family declares the calls that matter (`compiled()` in its module). They run on meta tensors
-while `launch.record` catches what Triton would have been given, so that what is compiled here is
-what a launcher launches, constants and alignments included. Pointers count as 16-byte aligned, which
-torch's allocator ensures.
+A kernel family declares the calls that matter (`compiled()` in its module). They run on meta
+tensors while `launch.record` catches what Triton would have been given, so that what is compiled
+here is what a launcher launches, constants and alignments included. Pointers count as 16-byte
+aligned, which torch's allocator ensures.
 """
 
 from __future__ import annotations

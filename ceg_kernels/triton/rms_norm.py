@@ -1,9 +1,9 @@
 """RMSNorm with an optional residual, and its backward; the formulas are in ops/rms_norm.py.
 
-A tile is ROWS x BLOCK: whole rows in registers, so that memory is read once. Longer rows are walked
-in blocks, twice (the `_long_` kernels). The backward runs on as many programs as the GPU holds, each
-with fp32 sums of dweight of its own, which a small kernel adds up in order: no atomics, so the same
-GPU gives the same bits.
+A tile is ROWS x BLOCK: whole rows in registers, so that memory is read once. Longer rows are
+walked in blocks, twice (the `_long_` kernels). The backward runs on as many programs as the GPU
+holds, each with fp32 sums of dweight of its own, which a small kernel adds up in order: no atomics,
+so the same GPU gives the same bits.
 
     x residual y h dy dh dx: (R, D) with dense rows;  rstd: (R,);  weight: (D,);  s_: row strides
 """
