@@ -18,6 +18,7 @@ from numerics import compare, error_over_slack
 
 import ceg_kernels
 from ceg_kernels import OPS, explain, rope_table, triton, use_backend
+from ceg_kernels.measure.suite import cases
 from ceg_kernels.ops import arguments
 from ceg_model import cli
 
@@ -153,6 +154,11 @@ def _rms_norm_args(dtype=torch.float32, device=DEVICE):
 def test_it_runs_only_when_asked_for():
     text = explain("rms_norm", *_rms_norm_args())
     assert "triton: could run them: use_backend forces it" in text
+
+
+def test_the_interpreter_is_not_benchmarked():
+    found = {case.op: case.backends() for case in cases("quick", dtypes=["float32"])}
+    assert found["rms_norm"] == ["cpu", "torch", "reference"]
 
 
 @pytest.mark.parametrize(
