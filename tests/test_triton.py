@@ -62,13 +62,18 @@ def test_long_rows_without_weight_and_residual():
     assert error_over_slack(OPS["rms_norm_backward"], "triton", args) <= 1
 
 
+# Fits 32 bits, so that it is an offset that wraps around where one is computed in 32 bits: a stride
+# that does not fit would widen everything it meets.
+STRIDE = 2**30
+
+
 @pytest.fixture
 def far(tmp_path):
     """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
 
-    Offsets are taken from its middle, so that one that wrapped around at 2^31 reads zeros.
+    Rows start at 2 * STRIDE, so that an offset that wrapped around at 2^31 meets zeros.
     """
-    size = 3 * 2**31
+    size = 6 * STRIDE
     if CUDA:
         if torch.cuda.mem_get_info()[0] < 3 * size:
             pytest.skip("needs 18 GiB of free GPU memory")
@@ -81,12 +86,12 @@ def far(tmp_path):
 
 def test_offsets_beyond_32_bits_in_rms_norm(far):
     make = arguments.maker(torch.bfloat16, DEVICE)
-    x = far.as_strided((2, 64), (2**31, 1), 2**31 - 64)
-    x.copy_(make(2, 64))
+    x = far.as_strided((4, 64), (STRIDE, 1), 2 * STRIDE)
+    x.copy_(make(4, 64))
     args = (x, make(64), None, 1e-6, 0.0)
     y, rest, rstd = OPS["rms_norm"].backend("triton").run(*args)
     assert compare(OPS["rms_norm"], (y, rest, rstd), (x.clone(), *args[1:])) <= 1
-    dense = (make(2, 64), None, x.clone(), make(64), rstd, 0.0)
+    dense = (make(4, 64), None, x.clone(), make(64), rstd, 0.0)
     grads = OPS["rms_norm_backward"].backend("triton").run(*dense[:2], x, *dense[3:])
     assert compare(OPS["rms_norm_backward"], grads, dense) <= 1
 
@@ -95,8 +100,8 @@ def test_offsets_beyond_32_bits_in_rms_norm(far):
 def test_offsets_beyond_32_bits_in_rope(far, dimension):
     make = arguments.maker(torch.bfloat16, DEVICE)
     shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
-    shape[dimension], strides[dimension] = 2, 2**31
-    q = far.as_strided(shape, strides, 2**31 - 64)
+    shape[dimension], strides[dimension] = 4, STRIDE
+    q = far.as_strided(shape, strides, 2 * STRIDE)
     q.copy_(make(*shape))
     tail = (*rope_table(4, 64, device=DEVICE), None, False, False)
     outs = OPS["rope"].backend("triton").run(q, q, *tail)
