@@ -6,8 +6,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. It is asked for before anything of
+# ours is imported, because a kernel is compiled or interpreted for good.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHAPE_GROUPS = ("quick", "gpt2", "llama", "moe", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

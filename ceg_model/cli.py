@@ -64,6 +64,11 @@ def _add_info(subparsers: Any) -> None:
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.add_argument("--no-roofs", action="store_true", help="do not measure the machine")
     info.add_argument("--refresh", action="store_true", help="measure the roofs again")
+    info.add_argument(
+        "--kernels", nargs="?", const="all", metavar="TARGETS",
+        help="instead: compile every Triton kernel for these GPUs (sm_90,gfx942; default: all "
+        "known) and say what became of it; needs none of them. Exit status 1: one spills",
+    )  # fmt: skip
     info.set_defaults(run=_info)
 
 
@@ -122,6 +127,11 @@ def _add_data(subparsers: Any) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if arguments.kernels is not None:
+        from ceg_model.kernel_table import run
+
+        return run(arguments.kernels, as_json=arguments.json)
+
     from ceg_model import machine
 
     found = machine.info(roofs=not arguments.no_roofs, refresh=arguments.refresh)

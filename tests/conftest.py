@@ -1,12 +1,18 @@
-"""Unwritten outputs fail: in tests, torch.empty and its kin hand out NaN (or absurd integers)."""
+"""Unwritten outputs fail: in tests, torch.empty and its kin hand out NaN (or absurd integers).
+
+And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits off.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from ceg_kernels import triton as our_triton
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:
@@ -36,3 +42,24 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_rounds_to_nearest_even() -> Iterator[None]:
+    if our_triton.MISSING is not None or not our_triton.INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def convert(data: np.ndarray, source: Any, to: Any, mode: Any) -> np.ndarray:
+        if (source, to) != (tl.float32, tl.bfloat16):
+            return cut(data, source, to, mode)
+        single = torch.from_numpy(np.array(data, dtype=np.float32))  # a copy: it may be read-only
+        return single.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        yield

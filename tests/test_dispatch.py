@@ -116,7 +116,7 @@ ALLOWED = {
     "ceg_kernels/build.py": {"ceg_kernels"},
     "ceg_kernels/native.py": {"ceg_kernels", "ceg_kernels.op"},
     "ceg_kernels/ops": {"ceg_kernels", "ceg_kernels.op", "ceg_kernels.native", "ceg_kernels.ops"},
-    "ceg_kernels/triton": set(),
+    "ceg_kernels/triton": {"ceg_kernels.triton"},
 }
 
 

@@ -15,7 +15,7 @@ from numerics import as_tuple, compare_eager, error_over_slack
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ceg_kernels import OPS, rms_norm, use_backend
+from ceg_kernels import OPS, rms_norm, triton, use_backend
 from ceg_kernels.op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,6 +23,10 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 STOCK_ROUNDS = ("attention", "attention_backward", "rms_norm")
 # A score of 5760 in bf16 is off by up to 16, so exp(score - lse) is any number.
 CHAOTIC = ("attention_backward", "reference", "huge logits")
+
+
+# In Triton's interpreter where there is no GPU, which it needs otherwise.
+TRITON_DEVICE = DEVICES[-1]
 
 
 def _grid():
@@ -85,7 +89,10 @@ def test_opcheck(op, backend):
     """
     level = ":" in backend.name
     ran = 0
-    for i, sample in enumerate(op.samples(torch.float32, "cpu")):
+    if backend.name == "triton" and triton.MISSING:
+        pytest.skip(triton.MISSING)
+    device = TRITON_DEVICE if backend.name == "triton" else "cpu"
+    for i, sample in enumerate(op.samples(torch.float32, device)):
         skipped = i != 3 if level else i % 3
         if skipped or backend.why_not(*sample.args) is not None:
             continue
@@ -107,10 +114,12 @@ def test_the_gradient_of_an_empty_output_may_be_expanded():
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "torch", "reference"])
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_fakes_promise_what_each_backend_returns(op, backend):
-    for sample in op.samples(torch.float32, "cpu"):
+    if backend not in [b.name for b in op.backends]:
+        pytest.skip(f"{op.name} has no backend {backend}")
+    for sample in op.samples(torch.float32, TRITON_DEVICE if backend == "triton" else "cpu"):
         if op.backend(backend).why_not(*sample.args) is not None:
             continue
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]

@@ -70,10 +70,12 @@ class Case:
     def backends(self) -> list[str]:
         """The backends that can run such arguments on this device at all.
 
-        Variants that a backend keeps for forcing (`cpu:avx2` beside `cpu`) are left out.
+        Variants that a backend keeps for forcing (`cpu:avx2` beside `cpu`) are left out, and so are
+        kernels for GPUs that only an interpreter runs on a CPU.
         """
         able = [_able(op, self.dtype, self.device) for op in self.ops]
-        names = [b.name for b in self.ops[0].backends if ":" not in b.name]
+        on_cpu = torch.device(self.device).type == "cpu"
+        names = [b.name for b in self.ops[0].backends if b.automatic or not on_cpu]
         return [name for name in names if all(name in found for found in able)]
 
     def formulas(self) -> tuple[str, ...]:

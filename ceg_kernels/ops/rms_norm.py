@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments
 
@@ -214,6 +214,7 @@ RMS_NORM = Op(
     shapes=SHAPES,
     backends=(
         *native.cpu_backends(run_cpu),
+        Backend("triton", triton.launcher("rms_norm", "forward"), triton.why_not, automatic=False),
         Backend("torch", run_torch),
         Backend("reference", reference),
     ),
@@ -234,6 +235,7 @@ RMS_NORM_BACKWARD = Op(
     shapes={name: _shape_backward(SHAPES[name]) for name in SHAPES if "residual" not in name},
     backends=(
         *native.cpu_backends(run_cpu_backward),
+        Backend("triton", triton.launcher("rms_norm", "backward"), triton.why_not, automatic=False),
         # Stock torch differentiates F.rms_norm through these same pointwise steps.
         Backend("torch", reference_backward),
         Backend("reference", reference_backward),

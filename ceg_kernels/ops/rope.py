@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments
 
@@ -110,6 +110,15 @@ def run_cpu(q, k, cos, sin, positions, interleaved, inverse, *, isa=""):
     return q_out, k_out
 
 
+launch_triton = triton.launcher("rope", "rope")
+
+
+def run_triton(q, k, cos, sin, positions, interleaved, inverse):
+    if positions is not None:
+        _check_positions(positions, cos.shape[0])
+    return launch_triton(q, k, cos, sin, positions, interleaved, inverse)
+
+
 def fake(q, k, cos, sin, positions, interleaved, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -178,6 +187,7 @@ ROPE = Op(
     # Stock torch has no rotary embedding: what its users run is the reference.
     backends=(
         *native.cpu_backends(run_cpu),
+        Backend("triton", run_triton, triton.why_not, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),
     ),
