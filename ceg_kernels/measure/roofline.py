@@ -88,7 +88,9 @@ def versions(roofs: Roofs) -> dict[str, str]:
     """What a number depends on beside the code: device, threads, build and library versions."""
     found = dict(roofs.versions)
     found.update(
-        python=platform.python_version(), machine=roofs.device_name, threads=str(roofs.threads),
+        python=platform.python_version(),
+        machine=roofs.device_name,
+        threads=str(roofs.threads),
         freed_memory="kept" if memory.kept() else "returned",
     )
     return found
