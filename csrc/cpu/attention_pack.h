@@ -40,8 +40,8 @@ inline const S* row_of(const Rows& rows, int64_t r) {
   return static_cast<const S*>(rows.data) + r * rows.stride;
 }
 
-// Rows lie heads * head_dim apart, which the hardware's prefetchers do not follow. Inlined by force:
-// GCC takes a function that only prefetches for one without effects, and drops its calls.
+// Rows lie heads * head_dim apart, which the hardware's prefetchers do not follow. Inlined by
+// force: GCC takes a function that only prefetches for one without effects, and drops its calls.
 inline constexpr int64_t kRowsAhead = 8;
 
 template <int write = 0, int locality = 3>
