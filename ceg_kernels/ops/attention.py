@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments, attention_torch
 from ceg_kernels.ops.attention_reference import boundaries, reference, reference_backward
@@ -209,8 +209,8 @@ SHAPES = {
 }
 
 
-def refuses(q, k, v, *tail):
-    if (reason := native.why_not(q, k, v, *tail)) is not None:
+def refuses(q, k, v, *tail, why_not=native.why_not):
+    if (reason := why_not(q, k, v, *tail)) is not None:
         return reason
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"needs head_dim <= 256, got {max(q.shape[-1], v.shape[-1])}"
@@ -245,6 +245,22 @@ def run_cpu_backward(
         dv, dsink, scale, causal, left, right, softcap, torch.get_num_threads(), isa,
     )  # fmt: skip
     return dq, dk, dv, lse.new_zeros(0) if dsink is None else dsink
+
+
+refuses_triton = partial(refuses, why_not=triton.why_not)
+launch_triton = triton.launcher("attention", "forward")
+
+
+def run_triton(q, k, v, cu_q, cu_k, *tail):
+    _check_packed(q, k, cu_q, cu_k)
+    return launch_triton(q, k, v, cu_q, cu_k, *tail)
+
+
+def _check_packed(q, k, cu_q, cu_k):
+    # Looking at them on a GPU would wait for it.
+    if cu_q is not None and q.device.type == "cpu":
+        boundaries(cu_q, "cu_seqlens_q", q.shape[0])
+        boundaries(cu_k, "cu_seqlens_k", k.shape[0])
 
 
 def fake(q, k, v, cu_q, *tail):
@@ -339,6 +355,7 @@ ATTENTION = Op(
     shapes=SHAPES,
     backends=(
         *native.cpu_backends(run_cpu, refuses),
+        Backend("triton", run_triton, refuses_triton, automatic=False),
         Backend("torch", attention_torch.run, attention_torch.why_not),
         Backend("reference", reference, executed_flops=executed_materialised),
     ),
