@@ -1,6 +1,7 @@
 """Unwritten outputs fail: in tests, torch.empty and its kin hand out NaN (or absurd integers).
 
-And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits off.
+And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits off. Nor does it get
+ready anew in each call of a device function, which takes most of its time.
 """
 
 from __future__ import annotations
@@ -62,4 +63,25 @@ def interpreter_rounds_to_nearest_even() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_patches_a_module_once() -> Iterator[None]:
+    if our_triton.MISSING is not None or not our_triton.INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The launch has patched triton.language; what only device functions import is left.
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield

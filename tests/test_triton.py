@@ -102,6 +102,23 @@ def test_offsets_beyond_32_bits_in_rope(far, dimension):
     assert compare(OPS["rope"], outs, (q.clone(), q.clone(), *tail)) <= 1
 
 
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_offsets_beyond_32_bits_in_attention(far, dimension):
+    make = arguments.maker(torch.bfloat16, DEVICE)
+    shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
+    shape[dimension], strides[dimension] = 2, 2**31
+    x = far.as_strided(shape, strides, 2**31 - 64)
+    x.copy_(make(*shape))
+    tail = None, None, shape[1], shape[1], None, None, 0.2, False, -1, -1, 0.0
+    outs = OPS["attention"].backend("triton").run(x, x, x, *tail)
+    dense = x.clone()
+    assert compare(OPS["attention"], outs, (dense, dense, dense, *tail)) <= 1
+    saved = outs[0], outs[1]
+    grads = OPS["attention_backward"].backend("triton").run(x, None, x, x, x, *saved, *tail)
+    given = dense, None, dense, dense, dense, *saved, *tail
+    assert compare(OPS["attention_backward"], grads, given) <= 1
+
+
 def test_too_many_tokens_are_refused():
     q = torch.zeros(2, device=DEVICE).expand(1, 2**31, 1, 2)
     with pytest.raises(ValueError, match=r"q must have fewer than 2\^31 - 1024 tokens, got 2147"):
@@ -136,10 +153,12 @@ def test_the_gradient_goes_through_the_kernels():
 
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter runs one program at a time")
-@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_backward", "rope"])
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "rms_norm_backward", "rope", "attention", "attention_backward"]
+)
 def test_same_bits_every_time(op):
-    args = OPS[op].shapes["quick-2x512-h8-d64" if op == "rope" else "quick-2048x768"]
-    args = args.make(torch.bfloat16, "cuda")
+    (shape, *_) = (s for s in OPS[op].shapes.values() if s.group == "quick")
+    args = shape.make(torch.bfloat16, "cuda")
     first = OPS[op].backend("triton").run(*args)
     for _ in range(20):
         for a, b in zip(first, OPS[op].backend("triton").run(*args), strict=True):
@@ -205,9 +224,9 @@ def compiled():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled if f["target"] == target and f["family"] != "planted"]
-    assert {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"} <= {
-        f["kernel"] for f in facts
-    }
+    expected = {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"}
+    expected |= {f"attention_{k}_kernel" for k in ("fwd", "bwd_delta", "bwd_dkdv", "bwd_dq")}
+    assert expected <= {f["kernel"] for f in facts}
     for fact in facts:
         assert fact["wrong"] is None, fact
         assert 0 < fact["registers"] <= 255, fact

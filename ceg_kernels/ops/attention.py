@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -249,18 +250,30 @@ def run_cpu_backward(
 
 refuses_triton = partial(refuses, why_not=triton.why_not)
 launch_triton = triton.launcher("attention", "forward")
+launch_triton_backward = triton.launcher("attention_backward", "backward")
 
 
-def run_triton(q, k, v, cu_q, cu_k, *tail):
-    _check_packed(q, k, cu_q, cu_k)
-    return launch_triton(q, k, v, cu_q, cu_k, *tail)
+def run_triton(q, k, v, cu_q, cu_k, max_q, max_k, *tail):
+    _check_packed(q, k, cu_q, cu_k, max_q, max_k)
+    return launch_triton(q, k, v, cu_q, cu_k, max_q, max_k, *tail)
 
 
-def _check_packed(q, k, cu_q, cu_k):
-    # Looking at them on a GPU would wait for it.
-    if cu_q is not None and q.device.type == "cpu":
-        boundaries(cu_q, "cu_seqlens_q", q.shape[0])
-        boundaries(cu_k, "cu_seqlens_k", k.shape[0])
+def run_triton_backward(dout, dlse, q, k, v, out, lse, *tail):
+    _check_packed(q, k, *tail[:4])
+    return launch_triton_backward(dout, dlse, q, k, v, out, lse, *tail)
+
+
+def _check_packed(q, k, cu_q, cu_k, max_q, max_k):
+    # On CPU only, in Triton's interpreter: looking at them on a GPU would wait for it.
+    if cu_q is None or q.device.type != "cpu":
+        return
+    for name, cu, rows, most in (("q", cu_q, q, max_q), ("k", cu_k, k, max_k)):
+        at = boundaries(cu, f"cu_seqlens_{name}", rows.shape[0])
+        longest = max((b - a for a, b in pairwise(at)), default=0)
+        if longest > most:
+            raise ValueError(
+                f"cu_seqlens_{name} must hold sequences of at most max_seqlen {most}, got {longest}"
+            )
 
 
 def fake(q, k, v, cu_q, *tail):
@@ -380,6 +393,12 @@ ATTENTION_BACKWARD = Op(
         *native.cpu_backends(
             run_cpu_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: refuses(q, k, v, *tail),
+        ),
+        Backend(
+            "triton",
+            run_triton_backward,
+            lambda dout, dlse, q, k, v, out, lse, *tail: refuses_triton(q, k, v, *tail),
+            automatic=False,
         ),
         Backend(
             "torch",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,10 +170,6 @@ class Problem:
     constants: dict[str, Any]  # of every kernel
 
     @property
-    def tail(self) -> tuple[Any, ...]:
-        return self.cu_q, self.cu_k, self.slopes
-
-    @property
     def slopes_stride(self) -> int:
         return 0 if self.slopes is None or self.slopes.dim() == 1 else self.slopes.stride(0)
 
@@ -227,7 +224,7 @@ def forward(
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
-    tile = forward_tile(gpu_of(q), p.constants, q.element_size(), right == 0 or causal, p.n_q)
+    tile = forward_tile(gpu_of(q), p.constants, q.element_size(), p.n_q)
     launch(
         attention_fwd_kernel, (triton.cdiv(p.n_q, tile.m) * p.batch * heads,),
         q, k, v, out, lse, p.cu_q, p.cu_k, p.slopes, p.sink, p.n_q, p.n_k, heads, p.batch * heads,
@@ -281,4 +278,4 @@ CASES: dict[str, tuple] = {
 def compiled() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The calls whose kernels are compiled ahead of time, by name; see compile.py."""
     for name, args in CASES.items():
-        yield name, lambda args=args: forward(*args)
+        yield name, partial(forward, *args)

@@ -39,7 +39,9 @@ def sequence(p_cu, b, length):
 
 
 @triton.jit
-def load_rows(p_t, stride, o_row, count, BOUNDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def load_rows(
+    p_t, stride, o_row, count, BOUNDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Rows as they are stored: [len(o_row), BLOCK], zeros beyond column D.
 
     BOUNDED says that rows may lie at or beyond `count`: they are zeros too.
