@@ -28,11 +28,12 @@ def _slot(p_slots, o_choice, m_token, n_rows):
 
 
 @triton.jit
-def _clear_empty(p_rows, p_sources, o_choice, o_col, m, D: tl.constexpr):
-    """Zeros to the rows of these numbers that hold nothing; m: [ROWS, BLOCK]."""
-    empty = m & (tl.load(p_sources + o_choice[:, None], mask=m, other=0) < 0)
+def _clear_empty(p_rows, p_sources, o_choice, o_col, m_token, m_col, D: tl.constexpr):
+    """Zeros to those of the rows with these numbers that hold nothing; m_col: [1, BLOCK]."""
+    empty = tl.load(p_sources + o_choice, mask=m_token, other=0) < 0
+    m = empty[:, None] & m_col
     zeros = tl.zeros(m.shape, p_rows.dtype.element_ty)
-    tl.store(p_rows + o_choice[:, None] * D + o_col[None, :], zeros, mask=empty)
+    tl.store(p_rows + o_choice[:, None] * D + o_col[None, :], zeros, mask=m)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_rows"])
@@ -51,7 +52,7 @@ def moe_dispatch_kernel(
         slot, kept = _slot(p_slots, o_choice, m_token, n_rows)
         p = p_out + slot[:, None] * D + o_col[None, :]
         tl.store(p, x, mask=kept[:, None] & m_col)
-        _clear_empty(p_out, p_sources, o_choice, o_col, m, D)
+        _clear_empty(p_out, p_sources, o_choice, o_col, m_token, m_col, D)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_rows"])
@@ -105,7 +106,7 @@ def moe_combine_bwd_kernel(
             # 0 * inf of a dropped choice is NaN, so the mask comes after the product.
             along = tl.sum(tl.where(m_row, dout * y, 0.0), axis=1)
             dweights += tl.where((o_k == k)[None, :], along[:, None], 0.0)
-            _clear_empty(p_dy, p_sources, o_choice, o_col, m, D)
+            _clear_empty(p_dy, p_sources, o_choice, o_col, m_token, m_col, D)
     m_chosen = m_token[:, None] & (o_k < K)[None, :]
     tl.store(p_dweights + o_token[:, None] * K + o_k[None, :], dweights, mask=m_chosen)
 

@@ -88,10 +88,10 @@ def moe_index_place_kernel(
         before += tl.histogram(ids, BINS, mask=valid)
 
 
-STEP = 128  # choices whose pairs are compared at once: 128 x 128
+STEP = 64  # choices whose pairs are compared at once; 128 x 128 spilled
 MOST_CHUNKS = 256  # more than any GPU has processors; few enough for one scan in registers
 COLUMNS = 32  # experts in a program of the scan: 128 bytes, a line of the cache
-WIDE = 2048  # bins beyond which a program has twice the threads
+WIDE = 2048  # bins beyond which a program has four times the threads
 
 
 def moe_index(expert_ids, num_experts, capacity):
@@ -107,7 +107,7 @@ def moe_index(expert_ids, num_experts, capacity):
     bins = triton.next_power_of_2(num_experts)
     table = ids.new_empty((chunks + 1, bins), dtype=torch.int32)
     warp = gpu_of(ids).warp
-    warps = (512 if bins > WIDE else 256) // warp
+    warps = (512 if bins > WIDE else 128) // warp
     launch(
         moe_index_count_kernel, (chunks,),
         ids, table, n, chunk, E=num_experts, BINS=bins, STEP=STEP, warps=warps,

@@ -1,8 +1,8 @@
 """The router of a mixture of experts and its backward; the formulas are in ops/moe_route.py.
 
 A program takes ROWS tokens with the logits of all experts in registers. The choice is K rounds of a
-maximum over one integer per expert that holds rank and index, so that NaN, infinities and ties have
-their place in the order without a special case.
+maximum over one integer per expert, in which NaN and infinities have their place without a special
+case, and of the lowest index that has it.
 
     logits dlogits: (N, E);  bias: (E,);  weights dweights ids: (N, K);  counts: (E,)
     s_: row stride
@@ -65,15 +65,14 @@ def _over(x, total):
 
 
 @triton.jit
-def _keys(v, o_e):
-    """int64 in the order of fp32 `v`: NaN above all, zeros equal, the lower index of ties first."""
+def _ranks(v):
+    """int32 in the order of fp32 `v`: NaN above all, zeros equal, nothing as low as TAKEN."""
     bits = tl.where(v == 0.0, 0.0, v).to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the magnitude of negative numbers counts down
-    rank = tl.where(v == v, bits, 0x7FFFFFFF)
-    return (rank.to(tl.int64) << 32) | (0x7FFFFFFF - o_e)[None, :].to(tl.int64)
+    return tl.where(v == v, bits, 0x7FFFFFFF)
 
 
-TAKEN = tl.constexpr(-(2**63))  # below every key
+TAKEN = tl.constexpr(-(2**31))
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -99,14 +98,15 @@ def moe_route_kernel(
             ranked = _over(tl.exp(logits - highest[:, None]), total) + bias
         else:
             ranked = _sigmoid(logits)[0] + bias
-    keys = tl.where((o_e < E)[None, :], _keys(ranked, o_e), TAKEN)
+    ranks = tl.where((o_e < E)[None, :], _ranks(ranked), TAKEN)
 
-    # Choose.
+    # Choose. Rank and index in one int64 would save a reduction and made LLVM's AMD backend abort.
     ids = tl.zeros((ROWS, CHOSEN), tl.int32)
     for k in tl.range(0, K):
-        best = 0x7FFFFFFF - (tl.max(keys, axis=1) & 0x7FFFFFFF).to(tl.int32)
-        ids = tl.where((o_k == k)[None, :], best[:, None], ids)
-        keys = tl.where(o_e[None, :] == best[:, None], TAKEN, keys)
+        m_best = ranks == tl.max(ranks, axis=1)[:, None]
+        best = tl.min(tl.where(m_best, o_e[None, :], BLOCK), axis=1)[:, None]
+        ids = tl.where((o_k == k)[None, :], best, ids)
+        ranks = tl.where(o_e[None, :] == best, TAKEN, ranks)
 
     # Weigh.
     m_chosen = m_row[:, None] & (o_k < K)[None, :]
@@ -124,7 +124,7 @@ def moe_route_kernel(
     tl.store(p_ids + o_out, ids, mask=m_chosen)
 
     # Count. Integers: in whatever order programs add theirs, the sum has the same bits.
-    taken = (keys == TAKEN) & m_row[:, None]
+    taken = (ranks == TAKEN) & m_row[:, None]
     counts = tl.sum(taken.to(tl.int32), axis=0)
     tl.atomic_add(p_counts + o_e, counts, mask=(o_e < E) & (counts > 0), sem="relaxed")
 
@@ -146,16 +146,17 @@ def moe_route_bwd_kernel(
     chosen = _load_chosen(p_row, ids, o_k, m_chosen, K)
 
     # Gradient of the chosen, in fp64: differences of a few numbers a token, and they cancel.
+    # One reciprocal a token: a quotient each spilled on sm_120.
     dlogits = tl.zeros((ROWS, BLOCK), tl.float32)
     if SOFTMAX:
         if RENORMALIZE:
             e = _exp_of_chosen(chosen, chosen, RENORMALIZE).to(tl.float64)
-            weights = e / tl.sum(e, axis=1)[:, None]
+            weights = e * (1.0 / tl.sum(e, axis=1))[:, None]
         else:
             logits = _load_logits(p_row, o_e, m_row, E)
             highest, total = _softmax_parts(logits)
             e = _exp_of_chosen(chosen, highest, RENORMALIZE).to(tl.float64)
-            weights = e / total.to(tl.float64)[:, None]
+            weights = e * (1.0 / total.to(tl.float64))[:, None]
         along = tl.sum(dweights * weights, axis=1)[:, None]
         dchosen = weights * (dweights - along)
         if not RENORMALIZE:
@@ -166,7 +167,7 @@ def moe_route_bwd_kernel(
         weights = scores.to(tl.float64)
         dchosen = dweights
         if RENORMALIZE:
-            weights = weights / tl.sum(weights, axis=1)[:, None]
+            weights = weights * (1.0 / tl.sum(weights, axis=1))[:, None]
             dchosen = dchosen - tl.sum(dweights * weights, axis=1)[:, None]
         dchosen *= weights * rest.to(tl.float64)
     dchosen = dchosen.to(tl.float32)
@@ -181,7 +182,7 @@ def moe_route_bwd_kernel(
     tl.store(p_dlogits + o_row[:, None] * E + o_e[None, :], dlogits, mask=m)
 
 
-PER_THREAD = 8  # logits in a thread: with their 64-bit keys, 24 registers
+PER_THREAD = 8  # logits in a thread, beside as many ranks and scores
 LEAST_THREADS, MOST_THREADS = 128, 512
 
 
