@@ -32,8 +32,7 @@ def _clear_empty(p_rows, p_sources, o_choice, o_col, m_token, m_col, D: tl.const
     """Zeros to those of the rows with these numbers that hold nothing; m_col: [1, BLOCK]."""
     empty = tl.load(p_sources + o_choice, mask=m_token, other=0) < 0
     m = empty[:, None] & m_col
-    zeros = tl.zeros(m.shape, p_rows.dtype.element_ty)
-    tl.store(p_rows + o_choice[:, None] * D + o_col[None, :], zeros, mask=m)
+    tl.store(p_rows + o_choice[:, None] * D + o_col[None, :], 0.0, mask=m)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_rows"])
