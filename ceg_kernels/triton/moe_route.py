@@ -65,6 +65,13 @@ def _over(x, total):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x in fp64 to 14 digits, by a Newton step: a division in fp64 is a call, which spills."""
+    first = tl.div_rn(1.0, x.to(tl.float32)).to(tl.float64)
+    return first * (2.0 - x * first)
+
+
+@triton.jit
 def _ranks(v):
     """int32 in the order of fp32 `v`: NaN above all, zeros equal, nothing as low as TAKEN."""
     bits = tl.where(v == 0.0, 0.0, v).to(tl.int32, bitcast=True)
@@ -146,17 +153,16 @@ def moe_route_bwd_kernel(
     chosen = _load_chosen(p_row, ids, o_k, m_chosen, K)
 
     # Gradient of the chosen, in fp64: differences of a few numbers a token, and they cancel.
-    # One reciprocal a token: a quotient each spilled on sm_120.
     dlogits = tl.zeros((ROWS, BLOCK), tl.float32)
     if SOFTMAX:
         if RENORMALIZE:
             e = _exp_of_chosen(chosen, chosen, RENORMALIZE).to(tl.float64)
-            weights = e * (1.0 / tl.sum(e, axis=1))[:, None]
+            weights = e * _reciprocal(tl.sum(e, axis=1))[:, None]
         else:
             logits = _load_logits(p_row, o_e, m_row, E)
             highest, total = _softmax_parts(logits)
             e = _exp_of_chosen(chosen, highest, RENORMALIZE).to(tl.float64)
-            weights = e * (1.0 / total.to(tl.float64))[:, None]
+            weights = e * _reciprocal(total.to(tl.float64))[:, None]
         along = tl.sum(dweights * weights, axis=1)[:, None]
         dchosen = weights * (dweights - along)
         if not RENORMALIZE:
@@ -167,7 +173,10 @@ def moe_route_bwd_kernel(
         weights = scores.to(tl.float64)
         dchosen = dweights
         if RENORMALIZE:
-            weights = weights * (1.0 / tl.sum(weights, axis=1))[:, None]
+            if K == 1:
+                weights = tl.full(scores.shape, 1.0, tl.float64)  # exactly, so that nothing is left
+            else:
+                weights = weights * _reciprocal(tl.sum(weights, axis=1))[:, None]
             dchosen = dchosen - tl.sum(dweights * weights, axis=1)[:, None]
         dchosen *= weights * rest.to(tl.float64)
     dchosen = dchosen.to(tl.float32)
