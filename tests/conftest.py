@@ -5,7 +5,9 @@ And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,3 +65,20 @@ def interpreter_rounds_to_nearest_even() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
         yield
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> torch.Tensor:
+    """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
+
+    Offsets are taken from its middle, so that one that wrapped around at 2^31 reads zeros.
+    """
+    size = 3 * 2**31
+    if torch.cuda.is_available():
+        if torch.cuda.mem_get_info()[0] < 3 * size:
+            pytest.skip("needs 18 GiB of free GPU memory")
+        return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    file = tmp_path / "holes"
+    file.touch()
+    os.truncate(file, 2 * size)
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import compare, error_over_slack
+from numerics import as_tuple, compare, error_over_slack
 
 import ceg_kernels
 from ceg_kernels import OPS, explain, rope_table, triton, use_backend
@@ -63,25 +63,9 @@ def test_long_rows_without_weight_and_residual():
 
 
 # Fits 32 bits, so that it is an offset that wraps around where one is computed in 32 bits: a stride
-# that does not fit would widen everything it meets.
+# that does not fit would widen everything it meets. Rows start at 2 * STRIDE, so that an offset
+# that wrapped around at 2^31 meets zeros.
 STRIDE = 2**30
-
-
-@pytest.fixture
-def far(tmp_path):
-    """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
-
-    Rows start at 2 * STRIDE, so that an offset that wrapped around at 2^31 meets zeros.
-    """
-    size = 6 * STRIDE
-    if CUDA:
-        if torch.cuda.mem_get_info()[0] < 3 * size:
-            pytest.skip("needs 18 GiB of free GPU memory")
-        return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-    file = tmp_path / "holes"
-    file.touch()
-    os.truncate(file, 2 * size)
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
 
 
 def test_offsets_beyond_32_bits_in_rms_norm(far):
@@ -142,13 +126,16 @@ def test_the_gradient_goes_through_the_kernels():
 
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter runs one program at a time")
-@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_backward", "rope"])
+@pytest.mark.parametrize(
+    "op", [op.name for op in OPS.values() if any(b.name == "triton" for b in op.backends)]
+)
 def test_same_bits_every_time(op):
-    args = OPS[op].shapes["quick-2x512-h8-d64" if op == "rope" else "quick-2048x768"]
-    args = args.make(torch.bfloat16, "cuda")
+    shape = next(shape for shape in OPS[op].shapes.values() if shape.group == "quick")
+    args = shape.make(torch.bfloat16, "cuda")
     first = OPS[op].backend("triton").run(*args)
     for _ in range(20):
-        for a, b in zip(first, OPS[op].backend("triton").run(*args), strict=True):
+        again = as_tuple(OPS[op].backend("triton").run(*args))
+        for a, b in zip(as_tuple(first), again, strict=True):
             assert torch.equal(a, b)
 
 
@@ -216,9 +203,12 @@ def compiled():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled if f["target"] == target and f["family"] != "planted"]
-    assert {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"} <= {
-        f["kernel"] for f in facts
-    }
+    assert {
+        "rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel", "moe_route_kernel",
+        "moe_route_bwd_kernel", "moe_index_count_kernel", "moe_index_scan_kernel",
+        "moe_index_place_kernel", "moe_dispatch_kernel", "moe_combine_kernel",
+        "moe_combine_bwd_kernel",
+    } <= {f["kernel"] for f in facts}  # fmt: skip
     for fact in facts:
         assert fact["wrong"] is None, fact
         assert 0 < fact["registers"] <= 255, fact

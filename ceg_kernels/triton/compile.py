@@ -23,7 +23,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ceg_kernels.triton.launch import Gpu, Launch, record
 
-FAMILIES = ("rms_norm", "rope")  # modules beside this one that have `compiled()`
+# Modules beside this one that have `compiled()`.
+FAMILIES = ("rms_norm", "rope", "moe_route", "moe_index", "moe")
 
 
 @dataclass(frozen=True)
