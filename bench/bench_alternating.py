@@ -11,6 +11,8 @@ the allocator makes of their sizes, is not at issue.
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -53,8 +55,9 @@ def test_alternating_with_a_matmul(make, dtype, benchmark):
     timed = time_interleaved(
         {"ours": ours, "matmul": matmul, "both": both}, min_time_s=1.0, min_rounds=40
     )
-    alone = timed["ours"].median_s + timed["matmul"].median_s
-    ratio = timed["both"].median_s / alone
+    # Round by round: what slows the machine for a while slows all three.
+    rounds = zip(*(timed[name].samples for name in ("both", "ours", "matmul")), strict=True)
+    ratio = statistics.median(both_s / (ours_s + alone_s) for both_s, ours_s, alone_s in rounds)
     benchmark.extra_info["both_over_alone"] = ratio
     benchmark.pedantic(both, rounds=20)
     assert ratio <= ALLOWED

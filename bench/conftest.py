@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from ceg_kernels.measure import Case, Result, Roofs, cases, measure, run_case
+from ceg_kernels.measure import (
+    Case,
+    Result,
+    Roofs,
+    bench_row,
+    cases,
+    measure,
+    memory,
+    run_case,
+    time_interleaved,
+)
 from ceg_kernels.measure.suite import PEERS
 from ceg_kernels.measure.table import render, roofs_lines
+from ceg_kernels.op import Cost
 
 ROWS = pytest.StashKey[list]()
 ROOFS = pytest.StashKey[Roofs]()
@@ -74,6 +85,24 @@ class Measured:
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Measured:
     return Measured(request.config, request.session.items)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest):
+    """Times calls that are no single op, interleaved; their rows join the table and the results."""
+
+    def add(op: str, direction: str, shape: str, dtype: torch.dtype, calls, cost: Cost) -> None:
+        memory.keep_freed()
+        timings = time_interleaved(calls, min_time_s=0.5, max_time_s=20.0)
+        for name, timing in timings.items():
+            row = bench_row(
+                op=op, direction=direction, backend=name, peer=name if name in PEERS else None,
+                shape=shape, dtype=str(dtype).removeprefix("torch."), device="cpu", cost=cost,
+                roofs=roofs_of(request.config), timing=timing, reference=timings.get("reference"),
+            )  # fmt: skip
+            request.config.stash[ROWS].append(row)
+
+    return add
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

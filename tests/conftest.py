@@ -6,7 +6,9 @@ ready anew in each call of a device function, which takes most of its time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,3 +87,20 @@ def interpreter_patches_a_module_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> torch.Tensor:
+    """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
+
+    Offsets are taken from its middle, so that one that wrapped around at 2^31 reads zeros.
+    """
+    size = 3 * 2**31
+    if torch.cuda.is_available():
+        if torch.cuda.mem_get_info()[0] < 3 * size:
+            pytest.skip("needs 18 GiB of free GPU memory")
+        return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    file = tmp_path / "holes"
+    file.touch()
+    os.truncate(file, 2 * size)
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import compare, error_over_slack
+from numerics import as_tuple, compare, error_over_slack
 
 import ceg_kernels
 from ceg_kernels import OPS, explain, rope_table, triton, use_backend
+from ceg_kernels.measure.suite import cases
 from ceg_kernels.ops import arguments
 from ceg_model import cli
 
@@ -61,31 +62,20 @@ def test_long_rows_without_weight_and_residual():
     assert error_over_slack(OPS["rms_norm_backward"], "triton", args) <= 1
 
 
-@pytest.fixture
-def far(tmp_path):
-    """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
-
-    Offsets are taken from its middle, so that one that wrapped around at 2^31 reads zeros.
-    """
-    size = 3 * 2**31
-    if CUDA:
-        if torch.cuda.mem_get_info()[0] < 3 * size:
-            pytest.skip("needs 18 GiB of free GPU memory")
-        return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-    file = tmp_path / "holes"
-    file.touch()
-    os.truncate(file, 2 * size)
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
+# Fits 32 bits, so that it is an offset that wraps around where one is computed in 32 bits: a stride
+# that does not fit would widen everything it meets. Rows start at 2 * STRIDE, so that an offset
+# that wrapped around at 2^31 meets zeros.
+STRIDE = 2**30
 
 
 def test_offsets_beyond_32_bits_in_rms_norm(far):
     make = arguments.maker(torch.bfloat16, DEVICE)
-    x = far.as_strided((2, 64), (2**31, 1), 2**31 - 64)
-    x.copy_(make(2, 64))
+    x = far.as_strided((4, 64), (STRIDE, 1), 2 * STRIDE)
+    x.copy_(make(4, 64))
     args = (x, make(64), None, 1e-6, 0.0)
     y, rest, rstd = OPS["rms_norm"].backend("triton").run(*args)
     assert compare(OPS["rms_norm"], (y, rest, rstd), (x.clone(), *args[1:])) <= 1
-    dense = (make(2, 64), None, x.clone(), make(64), rstd, 0.0)
+    dense = (make(4, 64), None, x.clone(), make(64), rstd, 0.0)
     grads = OPS["rms_norm_backward"].backend("triton").run(*dense[:2], x, *dense[3:])
     assert compare(OPS["rms_norm_backward"], grads, dense) <= 1
 
@@ -94,8 +84,8 @@ def test_offsets_beyond_32_bits_in_rms_norm(far):
 def test_offsets_beyond_32_bits_in_rope(far, dimension):
     make = arguments.maker(torch.bfloat16, DEVICE)
     shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
-    shape[dimension], strides[dimension] = 2, 2**31
-    q = far.as_strided(shape, strides, 2**31 - 64)
+    shape[dimension], strides[dimension] = 4, STRIDE
+    q = far.as_strided(shape, strides, 2 * STRIDE)
     q.copy_(make(*shape))
     tail = (*rope_table(4, 64, device=DEVICE), None, False, False)
     outs = OPS["rope"].backend("triton").run(q, q, *tail)
@@ -156,14 +146,15 @@ def test_the_gradient_goes_through_the_kernels():
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter runs one program at a time")
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "rms_norm_backward", "rope", "attention", "attention_backward"]
+    "op", [op.name for op in OPS.values() if any(b.name == "triton" for b in op.backends)]
 )
 def test_same_bits_every_time(op):
-    (shape, *_) = (s for s in OPS[op].shapes.values() if s.group == "quick")
+    shape = next(shape for shape in OPS[op].shapes.values() if shape.group == "quick")
     args = shape.make(torch.bfloat16, "cuda")
     first = OPS[op].backend("triton").run(*args)
     for _ in range(20):
-        for a, b in zip(first, OPS[op].backend("triton").run(*args), strict=True):
+        again = as_tuple(OPS[op].backend("triton").run(*args))
+        for a, b in zip(as_tuple(first), again, strict=True):
             assert torch.equal(a, b)
 
 
@@ -174,6 +165,11 @@ def _rms_norm_args(dtype=torch.float32, device=DEVICE):
 def test_it_runs_only_when_asked_for():
     text = explain("rms_norm", *_rms_norm_args())
     assert "triton: could run them: use_backend forces it" in text
+
+
+def test_the_interpreter_is_not_benchmarked():
+    found = {case.op: case.backends() for case in cases("quick", dtypes=["float32"])}
+    assert found["rms_norm"] == ["cpu", "torch", "reference"]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +224,10 @@ def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled if f["target"] == target and f["family"] != "planted"]
     expected = {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"}
     expected |= {f"attention_{k}_kernel" for k in ("fwd", "bwd_delta", "bwd_dkdv", "bwd_dq")}
+    expected |= {
+        f"moe_{k}_kernel" for k in ("route", "route_bwd", "dispatch", "combine", "combine_bwd")
+    }
+    expected |= {f"moe_index_{k}_kernel" for k in ("count", "scan", "place")}
     assert expected <= {f["kernel"] for f in facts}
     for fact in facts:
         assert fact["wrong"] is None, fact

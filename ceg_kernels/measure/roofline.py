@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from ceg_kernels.measure import memory
 from ceg_kernels.measure.ceilings import Roofs
 from ceg_kernels.measure.clock import Timing
 from ceg_kernels.op import Cost
@@ -87,7 +88,10 @@ def versions(roofs: Roofs) -> dict[str, str]:
     """What a number depends on beside the code: device, threads, build and library versions."""
     found = dict(roofs.versions)
     found.update(
-        python=platform.python_version(), machine=roofs.device_name, threads=str(roofs.threads)
+        python=platform.python_version(),
+        machine=roofs.device_name,
+        threads=str(roofs.threads),
+        freed_memory="kept" if memory.kept() else "returned",
     )
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ceg_kernels.measure import accuracy, peers
+from ceg_kernels.measure import accuracy, memory, peers
 from ceg_kernels.measure.ceilings import Roofs, measure
 from ceg_kernels.measure.clock import Timing, call_seconds, time_interleaved
 from ceg_kernels.measure.roofline import bench_row, least_seconds
@@ -176,8 +176,11 @@ def run_case(
 
     A backend that refuses the arguments is left out. One of ours that fails the accuracy check, and
     a peer that does not run or is wrong beyond rounding, gets a row without a time. Peers are
-    compiled before anything is timed.
+    compiled before anything is timed. On a CPU the process keeps freed memory from here on
+    (measure/memory.py), so that outputs are warm.
     """
+    if case.device == "cpu":
+        memory.keep_freed()
     args = case.args()
     cost = case.cost(args)
     names = [

@@ -177,11 +177,13 @@ def samples_backward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
             yield Sample(f"{sample.name} dlse", _backward_args(sample.args, make, with_dlse=True))
 
 
-def _shape(group, b, t, h, kv, d, causal=True) -> Shape:
+def _shape(group, b, t, h, kv, d, causal=True, keys=None) -> Shape:
+    keys = t if keys is None else keys
+
     def args(dtype, device):
         make = arguments.maker(dtype, device)
-        qkv = make(b, t, h, d), make(b, t, kv, d), make(b, t, kv, d)
-        return *qkv, None, None, t, t, None, None, d**-0.5, causal, -1, -1, 0.0
+        qkv = make(b, t, h, d), make(b, keys, kv, d), make(b, keys, kv, d)
+        return *qkv, None, None, t, keys, None, None, d**-0.5, causal, -1, -1, 0.0
 
     return Shape(group, args)
 
@@ -207,6 +209,10 @@ SHAPES = {
     "llama-b1-t2048-h8-d128-causal": _shape("llama", 1, 2048, 8, 8, 128),
     "llama-b1-t2048-h8-d128-full": _shape("llama", 1, 2048, 8, 8, 128, causal=False),
     "llama-b1-t2048-h32/8-d128-causal": _shape("llama", 1, 2048, 32, 8, 128),
+}
+DECODE_SHAPES = {
+    "llama-b4-t1-k4096-h32/8-d128-causal": _shape("llama", 4, 1, 32, 8, 128, keys=4096),
+    "llama-b1-t1-k16384-h32/8-d128-causal": _shape("llama", 1, 1, 32, 8, 128, keys=16384),
 }
 
 
@@ -365,7 +371,7 @@ ATTENTION = Op(
     fake=fake,
     cost=cost,
     samples=samples,
-    shapes=SHAPES,
+    shapes=SHAPES | DECODE_SHAPES,
     backends=(
         *native.cpu_backends(run_cpu, refuses),
         Backend("triton", run_triton, refuses_triton, automatic=False),

@@ -23,12 +23,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ceg_kernels.triton.launch import Gpu, Launch, record
 
+# Modules beside this one that have `compiled()`.
 FAMILIES = (
-    "rms_norm",
-    "rope",
-    "attention",
-    "attention_backward",
-)  # modules beside this one that have `compiled()`
+    "rms_norm", "rope", "moe_route", "moe_index", "moe", "attention", "attention_backward",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ def rms_norm_dweight_kernel(
 LONGEST_FWD, LONGEST_BWD = 16384, 8192
 PER_THREAD = 16  # elements of one tensor in a thread: two vectors of 16 bytes in half precision
 LEAST_THREADS, MOST_THREADS = 128, 512
+MOST_ROWS = 128  # each costs registers for its offsets
 # Of the backward, in one processor. More bring more partial sums: of 264 programs on an H200 they
 # are 2% of the bytes that 16384 rows of 4096 in bf16 take.
 RESIDENT_THREADS = 512
@@ -220,7 +221,8 @@ def tile_of(size: int, longest: int, gpu: Gpu, least_threads: int = LEAST_THREAD
     """Rows and columns of a tile. Chosen for bytes in flight, and not yet measured on any GPU."""
     block = triton.next_power_of_2(size) if size <= longest else longest // 4
     threads = min(max(block // PER_THREAD, least_threads), MOST_THREADS)
-    return Tile(max(1, threads * PER_THREAD // block), block, threads // gpu.warp)
+    rows = min(max(1, threads * PER_THREAD // block), MOST_ROWS)
+    return Tile(rows, block, threads // gpu.warp)
 
 
 def forward(x, weight, residual, eps, weight_offset):

@@ -92,6 +92,7 @@ def rope_kernel(
 
 PER_THREAD = 16  # elements of q in a thread: two vectors of 16 bytes in half precision
 THREADS = 128
+MOST_TOKENS = 32  # each costs registers for its offsets
 
 
 def rope(q, k, cos, sin, positions, interleaved, inverse):
@@ -106,7 +107,7 @@ def rope(q, k, cos, sin, positions, interleaved, inverse):
     per_program = PER_THREAD * THREADS
     most = max(1, 2 * per_program // (2 * pairs))  # heads at once: at most twice PER_THREAD
     tile, tile_kv = (min(triton.next_power_of_2(max(n, 1)), most) for n in (heads, k.shape[2]))
-    tokens = max(1, per_program // (max(tile, tile_kv) * 2 * pairs))
+    tokens = min(max(1, per_program // (max(tile, tile_kv) * 2 * pairs)), MOST_TOKENS)
     launch(
         rope_kernel, (triton.cdiv(batch * length, tokens),),
         q, k, cos, sin, None if positions is None else positions.contiguous(), q_out, k_out,

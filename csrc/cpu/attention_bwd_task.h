@@ -12,6 +12,7 @@ namespace ceg::CEG_ISA {
 inline constexpr int64_t kBlock = kAttentionBlockKeys;
 // Queries of one block: a multiple of every engine's kRows and kAlign.
 inline constexpr int64_t kQueries = 96;
+inline constexpr int64_t kVisitSteps = 4;  // of fetching ahead
 
 template <class E>
 struct BackwardScratch {
@@ -115,11 +116,14 @@ class Backward {
     for (int64_t j0 = seen.first / kBlock * kBlock; j0 < seen.last; j0 += kBlock) {
       const int64_t left = band_.keys - j0;
       load_keys(j0, left < kBlock ? left : kBlock, true);
+      const int64_t tiles = p_.group() * ((count + E::kRows - 1) / E::kRows);
+      const int64_t next = seen.last - j0 - kBlock;
+      Ahead<2> ahead = keys_ahead(j0 + kBlock, next < kBlock ? next : kBlock, kVisitSteps * tiles);
       for (int64_t g = 0; g < p_.group(); ++g) {
         for (int64_t i = 0; i < count; i += E::kRows) {
           const int64_t r = g * count + i;
           const int tile = static_cast<int>(count - i < E::kRows ? count - i : E::kRows);
-          visit(g, i0 + i, r, 0, tile, t_.dq + r * n_.q_width, n_.q_width);
+          visit(g, i0 + i, r, 0, tile, t_.dq + r * n_.q_width, n_.q_width, ahead);
         }
       }
     }
@@ -160,6 +164,23 @@ class Backward {
     }
   }
 
+  Ahead<2> keys_ahead(int64_t j, int64_t count, int64_t steps) const {
+    const int64_t first = p_.k_begin(batch_) + j;
+    return {p_.dtype,
+            {rows(args_.k, first, kv_head_, count, p_.head_dim),
+             rows(args_.v, first, kv_head_, count, p_.value_dim)},
+            steps};
+  }
+
+  Ahead<3> queries_ahead(int64_t g, int64_t i, int64_t count, int64_t steps) const {
+    const int64_t first = p_.q_begin(batch_) + i;
+    return {p_.dtype,
+            {rows(args_.q, first, head(g), count, p_.head_dim),
+             rows(args_.dout, first, head(g), count, p_.value_dim),
+             rows(args_.dq, first, head(g), count, p_.head_dim)},
+            steps};
+  }
+
   // Queries [i0, i0 + count) of head g into rows [r, r + count) of the scratch.
   void load_queries(int64_t g, int64_t i0, int64_t count, int64_t r, bool for_dkv) {
     const int64_t first = p_.q_begin(batch_) + i0;
@@ -195,12 +216,16 @@ class Backward {
         const int64_t left = band_.queries - i0;
         const int64_t queries = left < kQueries ? left : kQueries;
         load_queries(g, i0, queries, 0, true);
+        // The next head's first queries are few among all: nobody fetches them.
+        const int64_t next = seen.last - i0 - kQueries;
+        Ahead<3> ahead = queries_ahead(g, i0 + kQueries, next < kQueries ? next : kQueries,
+                                       kVisitSteps * (kQueries / E::kRows) + kBlock / E::kRows);
         for (int64_t r = 0; r < queries; r += E::kRows) {
           const int rows = static_cast<int>(queries - r < E::kRows ? queries - r : E::kRows);
           C* dq = with_dq ? dq_row(dq_in_place, g, i0 + r) : nullptr;
-          visit(g, i0 + r, r, r, rows, dq, dq_in_place ? args_.dq.row : n_.q_width);
+          visit(g, i0 + r, r, r, rows, dq, dq_in_place ? args_.dq.row : n_.q_width, ahead);
         }
-        add_dk_dv(i0, queries);
+        add_dk_dv(i0, queries, ahead);
       }
     }
     const int64_t first = p_.k_begin(batch_) + j0;
@@ -210,7 +235,9 @@ class Backward {
 
   // P and dS of queries [i, i + rows), which lie at scratch rows r on, into rows `at` on of the
   // block; and their dQ if wanted.
-  void visit(int64_t g, int64_t i, int64_t r, int64_t at, int rows, C* dq, int64_t dq_ld) {
+  template <class Ahead>
+  void visit(int64_t g, int64_t i, int64_t r, int64_t at, int rows, C* dq, int64_t dq_ld,
+             Ahead& ahead) {
     C* s = kD == 1 ? reinterpret_cast<C*>(t_.p_block) + at * kBlock : t_.s_tile;
     C* dp = kD == 1 ? reinterpret_cast<C*>(t_.ds_block) + at * kBlock : t_.dp_tile;
     Range seen = {0, 0};
@@ -220,6 +247,7 @@ class Backward {
     seen = seen.empty() ? Range{0, 0} : Range{seen.first - j0_, seen.last - j0_};
     const Range columns = {seen.first / kPanel<E> * kPanel<E>, round_up(seen.last, kL)};
 
+    ahead.step();
     if (!seen.empty()) {
       const int64_t panel = columns.first / kPanel<E>;
       const int64_t k_panel = n_.q_steps * kPanel<E> * kD;
@@ -227,10 +255,12 @@ class Backward {
       gemm<E>({t_.q_rows + r * n_.q_width, n_.q_width, kD, t_.k_columns + panel * k_panel,
                kPanel<E> * kD, k_panel, s + columns.first, kBlock, n_.q_steps, nullptr},
               rows, columns.size());
+      ahead.step();
       gemm<E>({t_.dout_rows + r * n_.v_width, n_.v_width, kD, t_.v_columns + panel * v_panel,
                kPanel<E> * kD, v_panel, dp + columns.first, kBlock, n_.v_steps, nullptr},
               rows, columns.size());
     }
+    ahead.step();
     for (int row = 0; row < rows; ++row) {
       const Range own = {t_.keys[r + row].first - j0_, t_.keys[r + row].last - j0_};
       differentiate(g, i + row, r + row, columns, own, s + row * kBlock, dp + row * kBlock);
@@ -240,6 +270,7 @@ class Backward {
     }
     if (dq == nullptr || seen.empty()) return;
 
+    ahead.step();
     if constexpr (kD == 2) store_ds(rows, dp, false);
     const int64_t k0 = seen.first / E::kAlign * E::kAlign / kD;
     const Item* ds = kD == 1 ? t_.ds_block + at * kBlock : t_.ds_rows;
@@ -339,13 +370,14 @@ class Backward {
   }
 
   // dV += P^T dout and dK += dS^T Q over the query block.
-  void add_dk_dv(int64_t i0, int64_t queries) {
+  void add_dk_dv(int64_t i0, int64_t queries, Ahead<3>& ahead) {
     constexpr int64_t a_row = E::kStridedA ? kD : kQueries;
     constexpr int64_t a_step = E::kStridedA ? kBlock * kD : kD;
     for (int64_t j = 0; j < keys_; j += E::kRows) {
       const int rows = static_cast<int>(keys_ - j < E::kRows ? keys_ - j : E::kRows);
       const Range seen = intersect(band_.queries_of(j0_ + j, j0_ + j + rows), {i0, i0 + queries});
       if (seen.empty()) continue;
+      ahead.step();
       const int64_t i_first = (seen.first - i0) / E::kAlign * E::kAlign;
       const int64_t steps = (round_up(seen.last - i0, E::kAlign) - i_first) / kD;
       const int64_t a = i_first / kD * a_step + j * a_row;

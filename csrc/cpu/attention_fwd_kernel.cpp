@@ -83,8 +83,9 @@ class Task {
     for (int64_t j0 = keys.first / kBlock * kBlock; j0 < keys.last; j0 += kBlock) {
       const Range block = intersect({j0, j0 + kBlock}, keys);
       load_keys(j0, block.last - j0);
+      Ahead<2> next = keys_ahead(block.last, keys.last);
       for (int64_t r = 0; r < rows_; r += E::kRows) {
-        visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0);
+        visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0, next);
       }
     }
   }
@@ -131,8 +132,18 @@ class Task {
     v_finite_ = all_finite(t_.v, round_up(count, E::kDepth) * n_.v_width);
   }
 
+  Ahead<2> keys_ahead(int64_t j, int64_t stop) const {
+    const int64_t first = p_.k_begin(task_.batch) + j;
+    const int64_t count = p_.few_rows() ? 0 : stop - j < kBlock ? stop - j : kBlock;
+    const int64_t tiles = (rows_ + E::kRows - 1) / E::kRows;
+    return {p_.dtype,
+            {rows(args_.k, first, kv_head_, count, p_.head_dim),
+             rows(args_.v, first, kv_head_, count, p_.value_dim)},
+            3 * tiles};
+  }
+
   // Scores, softmax and p.v of rows [r, r + rows) against the keys of one block.
-  void visit(int64_t r, int rows, Range block, int64_t j0) {
+  void visit(int64_t r, int rows, Range block, int64_t j0, Ahead<2>& next) {
     Range seen = {0, 0};
     for (int i = 0; i < rows; ++i) seen = hull(seen, intersect(t_.keys[r + i], block));
     if (seen.empty()) return;
@@ -140,10 +151,12 @@ class Task {
     const int64_t start = seen.first / kPanel<E> * kPanel<E>;
     const int64_t stop = round_up(seen.last, 2 * kL);
 
+    next.step();
     scores(t_.q + r * n_.q_width, rows, start, stop);
-
+    next.step();
     C rescale[kStats];
     softmax(r, rows, j0, {start, stop}, rescale);
+    next.step();
     values(r, rows, block, j0, seen, rescale);
   }
 

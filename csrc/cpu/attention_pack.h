@@ -40,20 +40,41 @@ inline const S* row_of(const Rows& rows, int64_t r) {
   return static_cast<const S*>(rows.data) + r * rows.stride;
 }
 
-// Rows lie heads * head_dim apart, which the hardware's prefetchers do not follow.
+// Rows lie heads * head_dim apart, which the hardware's prefetchers do not follow. Inlined by
+// force: GCC takes a function that only prefetches for one without effects, and drops its calls.
 inline constexpr int64_t kRowsAhead = 8;
 
-inline void prefetch_row(const Rows& rows, int64_t r, int64_t item_bytes, bool write = false) {
+template <int write = 0, int locality = 3>
+[[gnu::always_inline]] inline void prefetch_row(const Rows& rows, int64_t r, int64_t item_bytes) {
   if (r >= rows.count) return;
   const char* p = static_cast<const char*>(rows.data) + r * rows.stride * item_bytes;
   for (int64_t byte = 0; byte < rows.width * item_bytes; byte += 64) {
-    if (write) {
-      __builtin_prefetch(p + byte, 1);
-    } else {
-      __builtin_prefetch(p + byte, 0);
-    }
+    __builtin_prefetch(p + byte, write, locality);
   }
 }
+
+// Brings the rows of the next block into L2 during the work on this one, a few at each step: a core
+// waits where more than its 16 or so line buffers are asked for at once.
+template <int kinds>
+class Ahead {
+ public:
+  // `kinds` times `rows[0].count` rows, in `steps` steps.
+  Ahead(DType dtype, const Rows (&rows)[kinds], int64_t steps)
+      : item_bytes_(item_size(dtype)), steps_(steps) {
+    for (int i = 0; i < kinds; ++i) rows_[i] = rows[i];
+  }
+
+  [[gnu::always_inline]] void step() {
+    const int64_t stop = ++step_ * rows_[0].count / steps_;
+    for (; done_ < stop; ++done_) {
+      for (int i = 0; i < kinds; ++i) prefetch_row<0, 2>(rows_[i], done_, item_bytes_);
+    }
+  }
+
+ private:
+  Rows rows_[kinds];
+  int64_t item_bytes_, steps_, step_ = 0, done_ = 0;
+};
 
 // A operand, [count][ld]: row-major items, times `scale` where the engine keeps full precision.
 template <class E, class S>
@@ -167,7 +188,7 @@ void unpack_rows(DType dtype, const C* from, int64_t ld, Scale scale, const Rows
   const auto write = [&](auto s) {
     using S = decltype(s);
     for (int64_t r = 0; r < rows.count; ++r) {
-      prefetch_row(rows, r + kRowsAhead, sizeof(S), true);
+      prefetch_row<1>(rows, r + kRowsAhead, sizeof(S));
       S* out = static_cast<S*>(rows.data) + r * rows.stride;
       const C factor = scale(r);
       for (int64_t d = 0; d < rows.width; d += kLanes<C>) {

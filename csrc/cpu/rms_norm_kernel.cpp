@@ -68,7 +68,7 @@ void forward(const RmsNormFwdArgs& a) {
       // phase before.
       const S* next = x + (row + 1 < rows ? a.x.stride[0] : 0);
       for_each_vec<C>(dim, [&](int64_t i, int64_t n) {
-        __builtin_prefetch(next + i);
+        prefetch_line(next, i);
         const Vec<C> v = h(i, n);
         put(y + i, v * rstd * load<C>(scale + i), n, stream_y);
         if (sum) put(sum + i, v, n, stream_sum);
@@ -114,6 +114,11 @@ void backward_rows(const RmsNormBwdArgs& a, int64_t first, const C* scale, bool 
   S* dx[kRows];
   C rstd[kRows], projection[kRows];
 
+  // Memory is read in both phases: the next rows of dy during the first, of h during the second.
+  const bool last = first + 2 * kRows > a.h.shape[0];
+  const int64_t next_dy = last ? 0 : kRows * a.dy.stride[0];
+  const int64_t next_h = last ? 0 : kRows * a.h.stride[0];
+
   // Reduce: how much of dy points along h.
   for (int r = 0; r < kRows; ++r) {
     dy[r] = a.dy.ptr<S>() + (first + r) * a.dy.stride[0];
@@ -121,22 +126,19 @@ void backward_rows(const RmsNormBwdArgs& a, int64_t first, const C* scale, bool 
     dh[r] = row_of<S>(a.dh, first + r);
     dx[r] = a.dx.ptr<S>() + (first + r) * a.dx.stride[0];
     const C along = sum_over<C>(dim, [&](int64_t i, int64_t n) {
+      prefetch_line(dy[r] + next_dy, i);
       return load_n<C>(dy[r] + i, n) * load<C>(scale + i) * load_n<C>(h[r] + i, n);
     });
     rstd[r] = a.rstd.ptr<C>()[(first + r) * a.rstd.stride[0]];
     projection[r] = along * rstd[r] * rstd[r] * rstd[r] / static_cast<C>(dim);
   }
 
-  // Write, and fetch the next rows meanwhile.
-  const bool last = first + 2 * kRows > a.h.shape[0];
-  const int64_t next_dy = last ? 0 : kRows * a.dy.stride[0];
-  const int64_t next_h = last ? 0 : kRows * a.h.stride[0];
+  // Write.
   for_each_vec<C>(dim, [&](int64_t i, int64_t n) {
     const Vec<C> column = load<C>(scale + i);
     Vec<C> dw = {};
     for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(dy[r] + next_dy + i);
-      __builtin_prefetch(h[r] + next_h + i);
+      prefetch_line(h[r] + next_h, i);
       const Vec<C> dyr = load_n<C>(dy[r] + i, n) * rstd[r], hr = load_n<C>(h[r] + i, n);
       Vec<C> d = dyr * column - hr * projection[r];
       if (a.dh) d += load_n<C>(dh[r] + i, n);

@@ -54,6 +54,12 @@ inline C sum_over(int64_t n, F term) {
   return reduce_add(total);
 }
 
+// p + i, where a cache line begins there: a vector of 16-bit items is half of one.
+template <class S>
+[[gnu::always_inline]] inline void prefetch_line(const S* p, int64_t i) {
+  if (i * static_cast<int64_t>(sizeof(S)) % 64 == 0) __builtin_prefetch(p + i, 0, 2);
+}
+
 // store_n, around the caches where the caller found that to pay.
 template <class S, class V>
 inline void put(S* p, V v, int64_t lanes, bool streaming) {
