@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ceg_kernels.triton.attention_config import forward_tile
 from ceg_kernels.triton.attention_tile import (
@@ -29,15 +30,16 @@ from ceg_kernels.triton.attention_tile import (
     partners,
     sequence,
     store_rows,
+    view,
     visible,
 )
-from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import Gpu, gpu_of, launch, unit_stride
 
 
 @triton.jit
 def _visit(
-    acc, top, total, q, p_k, p_v, s_kt, s_vt, o_m, first, last, n_k, shift, left, right, slope,
-    scale, softcap, to_log2,
+    acc, top, total, q, keys, values, o_m, first, last, n_k, shift, left, right, slope, scale,
+    softcap, to_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
     BIASED: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
@@ -47,7 +49,7 @@ def _visit(
         o_n = start + tl.arange(0, BLOCK_N)
 
         # Logits.
-        k = load_rows(p_k, s_kt, o_n, n_k, MASKED, D, BLOCK_D)
+        k = load_rows(keys, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
         s = dot(q, tl.trans(k))
         distance = o_n[None, :] - o_m[:, None] - shift
         if not FOLDED:
@@ -67,14 +69,15 @@ def _visit(
         top = now
 
         # Values.
-        v = load_rows(p_v, s_vt, o_n, n_k, MASKED, DV, BLOCK_DV)
+        v = load_rows(values, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
         acc = acc * rescale[:, None] + dot(p.to(v.dtype), v)
     return acc, top, total
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "heads", "n_heads", "left", "right"])
 def attention_fwd_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_cu_q, p_cu_k, p_slopes, p_sink, n_q, n_k, heads, n_heads,
+    p_q, p_k, p_v, d_k, d_v, p_out, p_lse, p_cu_q, p_cu_k, p_slopes, p_sink,
+    n_q, n_k, heads, n_heads,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ob, s_ot, s_oh, s_lb, s_lh, s_slopes,
     left, right, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -95,9 +98,10 @@ def attention_fwd_kernel(
     o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
 
     # Load.
-    q = load_rows(p_q + b * s_qb + first_q * s_qt + h * s_qh, s_qt, o_m, n_q, True, D, BLOCK_D)
-    p_k += b * s_kb + first_k * s_kt + h // GROUP * s_kh
-    p_v += b * s_vb + first_k * s_vt + h // GROUP * s_vh
+    queries = view(p_q, s_qb, s_qt, s_qh, None, p_cu_q, b, h, first_q)
+    q = load_rows(queries, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
+    keys = view(p_k, s_kb, s_kt, s_kh, d_k, p_cu_k, b, h // GROUP, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, d_v, p_cu_k, b, h // GROUP, first_k)
     BIASED: tl.constexpr = p_slopes is not None
     slope = 0.0
     if BIASED:
@@ -114,17 +118,17 @@ def attention_fwd_kernel(
     )
     if HAS_LEFT:
         acc, top, total = _visit(
-            acc, top, total, q, p_k, p_v, s_kt, s_vt, o_m, start, tl.minimum(whole, stop), n_k,
+            acc, top, total, q, keys, values, o_m, start, tl.minimum(whole, stop), n_k,
             shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
         )  # fmt: skip
     acc, top, total = _visit(
-        acc, top, total, q, p_k, p_v, s_kt, s_vt, o_m, whole, rest, n_k,
+        acc, top, total, q, keys, values, o_m, whole, rest, n_k,
         shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, False,
     )  # fmt: skip
     acc, top, total = _visit(
-        acc, top, total, q, p_k, p_v, s_kt, s_vt, o_m, rest, stop, n_k,
+        acc, top, total, q, keys, values, o_m, rest, stop, n_k,
         shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
     )  # fmt: skip
@@ -210,6 +214,25 @@ def lse_strides(lse, packed: bool) -> tuple[int, int]:
     return (0, lse.stride(0)) if packed else (lse.stride(0), lse.stride(1))
 
 
+def described(tensors, rows: int, p: Problem, gpu: Gpu) -> list[TensorDescriptor | None]:
+    """Descriptors (B, H, T, D) to load blocks of `rows` rows with the GPU's copy engine (TMA).
+
+    None for each where the GPU has none or a tensor is not laid out for it: 16 bytes apart (CUDA
+    driver API, cuTensorMapEncodeTiled).
+    """
+    if not gpu.has_descriptors:
+        return [None] * len(tensors)
+    found: list[TensorDescriptor | None] = []
+    for t in tensors:
+        t4 = (t if t.dim() == 4 else t[None]).transpose(1, 2)
+        width = p.constants["BLOCK_D" if t.shape[-1] == p.constants["D"] else "BLOCK_DV"]
+        apart = [s * t.element_size() % 16 == 0 and s > 0 for s in t4.stride()[:-1]]
+        if t.element_size() != 2 or t.data_ptr() % 16 or not all(apart) or not t.numel():
+            return [None] * len(tensors)
+        found.append(TensorDescriptor.from_tensor(t4, [1, 1, rows, width]))
+    return found
+
+
 def _single(t):
     return None if t is None else t.to(torch.float32).contiguous()
 
@@ -224,10 +247,12 @@ def forward(
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
-    tile = forward_tile(gpu_of(q), p.constants, q.element_size(), p.n_q)
+    gpu = gpu_of(q)
+    tile = forward_tile(gpu, p.constants, q.element_size(), p.n_q)
     launch(
         attention_fwd_kernel, (triton.cdiv(p.n_q, tile.m) * p.batch * heads,),
-        q, k, v, out, lse, p.cu_q, p.cu_k, p.slopes, p.sink, p.n_q, p.n_k, heads, p.batch * heads,
+        q, k, v, *described((k, v), tile.n, p, gpu), out, lse, p.cu_q, p.cu_k, p.slopes, p.sink,
+        p.n_q, p.n_k, heads, p.batch * heads,
         *strides(q, packed), *strides(k, packed), *strides(v, packed), *strides(out, packed),
         *lse_strides(lse, packed), p.slopes_stride, p.left, p.right, scale, softcap,
         **p.constants, BLOCK_M=tile.m, BLOCK_N=tile.n,

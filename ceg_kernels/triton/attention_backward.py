@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.attention import CASES, lse_strides, problem_of, strides
+from ceg_kernels.triton.attention import CASES, described, lse_strides, problem_of, strides
 from ceg_kernels.triton.attention_config import backward_tiles
 from ceg_kernels.triton.attention_tile import (
     LOG2E,
@@ -28,6 +28,7 @@ from ceg_kernels.triton.attention_tile import (
     partners,
     sequence,
     store_rows,
+    view,
     visible,
 )
 from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
@@ -42,12 +43,13 @@ def attention_bwd_delta_kernel(
     """delta = rowsum(dout * out) - dlse. Packed sequences are one long one here."""
     o_bh = tl.program_id(0) // n_tiles
     b, h = (o_bh // heads).to(tl.int64), (o_bh % heads).to(tl.int64)
-    o_m = tl.program_id(0) % n_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_dout += b * s_dob + h * s_doh
-    p_out += b * s_ob + h * s_oh
-    dout = load_rows(p_dout, s_dot, o_m, n_q, True, DV, BLOCK_DV).to(tl.float32)
-    out = load_rows(p_out, s_ot, o_m, n_q, True, DV, BLOCK_DV).to(tl.float32)
+    douts = view(p_dout, s_dob, s_dot, s_doh, None, None, b, h, 0)
+    outs = view(p_out, s_ob, s_ot, s_oh, None, None, b, h, 0)
+    first = tl.program_id(0) % n_tiles * BLOCK_M
+    dout = load_rows(douts, first, n_q, True, DV, BLOCK_M, BLOCK_DV).to(tl.float32)
+    out = load_rows(outs, first, n_q, True, DV, BLOCK_M, BLOCK_DV).to(tl.float32)
     delta = tl.sum(dout * out, axis=1)
+    o_m = first + tl.arange(0, BLOCK_M)
     if p_dlse is not None:
         delta -= tl.load(p_dlse + b * s_dlb + h * s_dlh + o_m, mask=o_m < n_q, other=0.0)
     tl.store(p_delta + b * s_lb + h * s_lh + o_m, delta, mask=o_m < n_q)
@@ -87,40 +89,44 @@ def _probabilities(
 
 
 @triton.jit
-def _load_lse(p_lse, o_m, n_q):
+def _load_statistics(p_lse, p_delta, o_m, n_q, BOUNDED: tl.constexpr):
     # A row that sees nothing has -inf, where +inf makes its probabilities 0 instead of NaN; so it
     # does for rows that are not there.
-    lse = tl.load(p_lse + o_m, mask=o_m < n_q, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+    if BOUNDED:
+        lse = tl.load(p_lse + o_m, mask=o_m < n_q, other=float("inf"))
+        delta = tl.load(p_delta + o_m, mask=o_m < n_q, other=0.0)
+    else:
+        lse, delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
+    return delta, tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k, v, p_q, p_dout, p_lse, p_delta, s_qt, s_dot, o_n, first, last, n_q, n_k, shift,
-    left, right, slope, scale, softcap,
+    dk, dv, k, v, queries, douts, p_lse, p_delta, o_n, first, last, n_q, n_k, shift, left, right,
+    slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    BIASED: tl.constexpr, MASKED: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Queries [first, last) of one head enter dk and dv. Tiles are [N, M]: no transposed dots."""
     for start in tl.range(first, last, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
 
         # Probabilities.
-        q = load_rows(p_q, s_qt, o_m, n_q, MASKED, D, BLOCK_D)
+        q = load_rows(queries, start, n_q, BOUNDED, D, BLOCK_M, BLOCK_D)
+        delta, lse = _load_statistics(p_lse, p_delta, o_m, n_q, BOUNDED)
         distance = o_n[:, None] - o_m[None, :] - shift
         m = visible(distance, o_n[:, None], n_k, left, right, HAS_LEFT, HAS_RIGHT)
         p, t = _probabilities(
-            dot(k, tl.trans(q)), distance, _load_lse(p_lse, o_m, n_q)[None, :], m, slope, scale,
-            softcap, CAPPED, BIASED, MASKED,
+            dot(k, tl.trans(q)), distance, lse[None, :], m, slope, scale, softcap,
+            CAPPED, BIASED, MASKED,
         )  # fmt: skip
 
         # dV.
-        dout = load_rows(p_dout, s_dot, o_m, n_q, MASKED, DV, BLOCK_DV)
+        dout = load_rows(douts, start, n_q, BOUNDED, DV, BLOCK_M, BLOCK_DV)
         dv += dot(p.to(dout.dtype), dout)
 
         # dK.
-        delta = tl.load(p_delta + o_m, mask=o_m < n_q, other=0.0)
         ds = p * (dot(v, tl.trans(dout)) - delta[None, :])
         if CAPPED:
             ds *= 1.0 - t * t
@@ -130,7 +136,7 @@ def _visit_queries(
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "heads_kv", "n_heads", "left", "right"])
 def attention_bwd_dkdv_kernel(
-    p_dout, p_q, p_k, p_v, p_lse, p_delta, p_dk, p_dv, p_cu_q, p_cu_k, p_slopes,
+    p_dout, p_q, p_k, p_v, d_dout, d_q, p_lse, p_delta, p_dk, p_dv, p_cu_q, p_cu_k, p_slopes,
     n_q, n_k, heads_kv, n_heads,
     s_dob, s_dot, s_doh, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh,
     s_dkb, s_dkt, s_dkh, s_dvb, s_dvt, s_dvh, s_lb, s_lh, s_slopes, left, right, scale, softcap,
@@ -151,12 +157,10 @@ def attention_bwd_dkdv_kernel(
     o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # Load.
-    p_k += b * s_kb + first_k * s_kt + h_kv * s_kh
-    p_v += b * s_vb + first_k * s_vt + h_kv * s_vh
-    k = load_rows(p_k, s_kt, o_n, n_k, True, D, BLOCK_D)
-    v = load_rows(p_v, s_vt, o_n, n_k, True, DV, BLOCK_DV)
-    p_q += b * s_qb + first_q * s_qt
-    p_dout += b * s_dob + first_q * s_dot
+    keys = view(p_k, s_kb, s_kt, s_kh, None, p_cu_k, b, h_kv, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, None, p_cu_k, b, h_kv, first_k)
+    k = load_rows(keys, tile * BLOCK_N, n_k, True, D, BLOCK_N, BLOCK_D)
+    v = load_rows(values, tile * BLOCK_N, n_k, True, DV, BLOCK_N, BLOCK_DV)
     o_lse = b * s_lb + first_q
     BIASED: tl.constexpr = p_slopes is not None
 
@@ -172,24 +176,31 @@ def attention_bwd_dkdv_kernel(
         slope = 0.0
         if BIASED:
             slope = tl.load(p_slopes + b * s_slopes + h)
-        p_qh, p_douth, o_lseh = p_q + h * s_qh, p_dout + h * s_doh, o_lse + h * s_lh
+        queries = view(p_q, s_qb, s_qt, s_qh, d_q, p_cu_q, b, h, first_q)
+        douts = view(p_dout, s_dob, s_dot, s_doh, d_dout, p_cu_q, b, h, first_q)
+        p_lseh, p_deltah = p_lse + o_lse + h * s_lh, p_delta + o_lse + h * s_lh
         if HAS_RIGHT:
             dk, dv = _visit_queries(
-                dk, dv, k, v, p_qh, p_douth, p_lse + o_lseh, p_delta + o_lseh, s_qt, s_dot, o_n,
-                start, tl.minimum(whole, stop), n_q, n_k, shift, left, right, slope, scale,
-                softcap, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED,
+                dk, dv, k, v, queries, douts, p_lseh, p_deltah, o_n, start,
+                tl.minimum(whole, stop), n_q, n_k, shift, left, right, slope, scale, softcap,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True, True,
+            )  # fmt: skip
+        # Past the last query there is nothing to mask: it has the weight 0. One loop less is fewer
+        # registers, but a packed sequence would lose its descriptors.
+        APART: tl.constexpr = HAS_LEFT or p_cu_q is not None
+        dk, dv = _visit_queries(
+            dk, dv, k, v, queries, douts, p_lseh, p_deltah, o_n, whole,
+            rest if APART else stop, n_q, n_k, shift, left, right, slope, scale, softcap,
+            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, False,
+            not APART,
+        )  # fmt: skip
+        if APART:
+            dk, dv = _visit_queries(
+                dk, dv, k, v, queries, douts, p_lseh, p_deltah, o_n, rest,
+                stop, n_q, n_k, shift, left, right, slope, scale, softcap,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, HAS_LEFT,
                 True,
             )  # fmt: skip
-        dk, dv = _visit_queries(
-            dk, dv, k, v, p_qh, p_douth, p_lse + o_lseh, p_delta + o_lseh, s_qt, s_dot, o_n,
-            whole, rest, n_q, n_k, shift, left, right, slope, scale,
-            softcap, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, False,
-        )  # fmt: skip
-        dk, dv = _visit_queries(
-            dk, dv, k, v, p_qh, p_douth, p_lse + o_lseh, p_delta + o_lseh, s_qt, s_dot, o_n,
-            rest, stop, n_q, n_k, shift, left, right, slope, scale,
-            softcap, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True,
-        )  # fmt: skip
 
     # Write.
     p_dk += b * s_dkb + first_k * s_dkt + h_kv * s_dkh
@@ -200,8 +211,8 @@ def attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _visit_keys(
-    dq, q, dout, lse, delta, p_k, p_v, s_kt, s_vt, o_m, first, last, n_k, shift, left, right,
-    slope, scale, softcap,
+    dq, q, dout, lse, delta, keys, values, o_m, first, last, n_k, shift, left, right, slope,
+    scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr,
@@ -211,7 +222,7 @@ def _visit_keys(
         o_n = start + tl.arange(0, BLOCK_N)
 
         # Probabilities.
-        k = load_rows(p_k, s_kt, o_n, n_k, MASKED, D, BLOCK_D)
+        k = load_rows(keys, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
         distance = o_n[None, :] - o_m[:, None] - shift
         m = visible(distance, o_n[None, :], n_k, left, right, HAS_LEFT, HAS_RIGHT)
         p, t = _probabilities(
@@ -221,7 +232,7 @@ def _visit_keys(
 
         # dQ. dS sums to 0 over the keys and rounded dS does not: what all keys have in common
         # would come back times the difference. So what rounding leaves over is multiplied too.
-        v = load_rows(p_v, s_vt, o_n, n_k, MASKED, DV, BLOCK_DV)
+        v = load_rows(values, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
         ds = p * (dot(dout, tl.trans(v)) - delta[:, None])
         if CAPPED:
             ds *= 1.0 - t * t
@@ -234,7 +245,7 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "heads", "n_heads", "left", "right"])
 def attention_bwd_dq_kernel(
-    p_dout, p_q, p_k, p_v, p_lse, p_delta, p_dq, p_cu_q, p_cu_k, p_slopes,
+    p_dout, p_q, p_k, p_v, d_k, d_v, p_lse, p_delta, p_dq, p_cu_q, p_cu_k, p_slopes,
     n_q, n_k, heads, n_heads,
     s_dob, s_dot, s_doh, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh,
     s_dqb, s_dqt, s_dqh, s_lb, s_lh, s_slopes, left, right, scale, softcap,
@@ -255,15 +266,14 @@ def attention_bwd_dq_kernel(
     o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
 
     # Load.
-    p_q += b * s_qb + first_q * s_qt + h * s_qh
-    p_dout += b * s_dob + first_q * s_dot + h * s_doh
-    q = load_rows(p_q, s_qt, o_m, n_q, True, D, BLOCK_D)
-    dout = load_rows(p_dout, s_dot, o_m, n_q, True, DV, BLOCK_DV)
+    queries = view(p_q, s_qb, s_qt, s_qh, None, p_cu_q, b, h, first_q)
+    douts = view(p_dout, s_dob, s_dot, s_doh, None, p_cu_q, b, h, first_q)
+    q = load_rows(queries, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
+    dout = load_rows(douts, tile * BLOCK_M, n_q, True, DV, BLOCK_M, BLOCK_DV)
     o_lse = b * s_lb + h * s_lh + first_q
-    lse = _load_lse(p_lse + o_lse, o_m, n_q)
-    delta = tl.load(p_delta + o_lse + o_m, mask=o_m < n_q, other=0.0)
-    p_k += b * s_kb + first_k * s_kt + h // GROUP * s_kh
-    p_v += b * s_vb + first_k * s_vt + h // GROUP * s_vh
+    delta, lse = _load_statistics(p_lse + o_lse, p_delta + o_lse, o_m, n_q, True)
+    keys = view(p_k, s_kb, s_kt, s_kh, d_k, p_cu_k, b, h // GROUP, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, d_v, p_cu_k, b, h // GROUP, first_k)
     BIASED: tl.constexpr = p_slopes is not None
     slope = 0.0
     if BIASED:
@@ -276,17 +286,17 @@ def attention_bwd_dq_kernel(
     )
     if HAS_LEFT:
         dq = _visit_keys(
-            dq, q, dout, lse, delta, p_k, p_v, s_kt, s_vt, o_m, start, tl.minimum(whole, stop),
+            dq, q, dout, lse, delta, keys, values, o_m, start, tl.minimum(whole, stop),
             n_k, shift, left, right, slope, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True,
         )  # fmt: skip
     dq = _visit_keys(
-        dq, q, dout, lse, delta, p_k, p_v, s_kt, s_vt, o_m, whole, rest,
+        dq, q, dout, lse, delta, keys, values, o_m, whole, rest,
         n_k, shift, left, right, slope, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, False,
     )  # fmt: skip
     dq = _visit_keys(
-        dq, q, dout, lse, delta, p_k, p_v, s_kt, s_vt, o_m, rest, stop,
+        dq, q, dout, lse, delta, keys, values, o_m, rest, stop,
         n_k, shift, left, right, slope, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True,
     )  # fmt: skip
@@ -311,17 +321,20 @@ def backward(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     read = [s for t in (dout, q, k, v) for s in strides(t, packed)]
     flags = p.left, p.right, scale, softcap
-    keys, queries = backward_tiles(gpu_of(q), p.constants, q.element_size())
+    gpu = gpu_of(q)
+    keys, queries = backward_tiles(gpu, p.constants, q.element_size())
     launch(
         attention_bwd_dkdv_kernel, (triton.cdiv(p.n_k, keys.n) * p.batch * heads_kv,),
-        dout, q, k, v, lse, delta, dk, dv, p.cu_q, p.cu_k, p.slopes,
+        dout, q, k, v, *described((dout, q), keys.m, p, gpu), lse, delta, dk, dv,
+        p.cu_q, p.cu_k, p.slopes,
         p.n_q, p.n_k, heads_kv, p.batch * heads_kv,
         *read, *strides(dk, packed), *strides(dv, packed), *at_lse, p.slopes_stride, *flags,
         **p.constants, BLOCK_M=keys.m, BLOCK_N=keys.n, warps=keys.warps, stages=keys.stages,
     )  # fmt: skip
     launch(
         attention_bwd_dq_kernel, (triton.cdiv(p.n_q, queries.m) * p.batch * heads,),
-        dout, q, k, v, lse, delta, dq, p.cu_q, p.cu_k, p.slopes,
+        dout, q, k, v, *described((k, v), queries.n, p, gpu), lse, delta, dq,
+        p.cu_q, p.cu_k, p.slopes,
         p.n_q, p.n_k, heads, p.batch * heads,
         *read, *strides(dq, packed), *at_lse, p.slopes_stride, *flags,
         **p.constants, BLOCK_M=queries.m, BLOCK_N=queries.n,

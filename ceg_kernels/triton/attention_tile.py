@@ -39,25 +39,45 @@ def sequence(p_cu, b, length):
 
 
 @triton.jit
+def view(p_t, s_b, s_t, s_h, d_t, p_cu, b, h, first):
+    """The rows of one sequence and head, for `load_rows`. d_t: descriptor (B, H, T, D) or None."""
+    p_first = p_t + b * s_b + first * s_t + h * s_h
+    o_b, o_h, o_t = tl.cast(b, tl.int32), tl.cast(h, tl.int32), tl.cast(first, tl.int32)
+    if p_cu is None:
+        return p_first, s_t, d_t, d_t, o_b, o_h, o_t
+    else:
+        # All packed sequences are sequence 0 of the descriptor, which knows no border between them.
+        return p_first, s_t, d_t, None, 0, o_h, o_t
+
+
+@triton.jit
 def load_rows(
-    p_t, stride, o_row, count, BOUNDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+    view, start, count, BOUNDED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows as they are stored: [len(o_row), BLOCK], zeros beyond column D.
+    """Rows from `start` as they are stored: [ROWS, BLOCK], zeros beyond column D.
 
     BOUNDED says that rows may lie at or beyond `count`: they are zeros too.
     """
-    o_col = tl.arange(0, BLOCK)
-    p = p_t + o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
-    if BOUNDED:
-        if D == BLOCK:
-            tile = tl.load(p, mask=(o_row < count)[:, None], other=0.0)
+    p_t, stride, d_whole, d_bounded, o_b, o_h, o_t = view
+    d_t = d_bounded if BOUNDED else d_whole
+    if d_t is None:
+        # The sum of a start and an offset inside the block is one of pointers, not of tensors.
+        o_row, o_col = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        p = p_t + tl.cast(start, tl.int64) * stride
+        p = p + o_row.to(tl.int64)[:, None] * stride + o_col[None, :]
+        if BOUNDED:
+            m = (o_row < count - start)[:, None]
+            if D != BLOCK:
+                m = m & (o_col < D)[None, :]
+            tile = tl.load(p, mask=m, other=0.0)
         else:
-            tile = tl.load(p, mask=(o_row < count)[:, None] & (o_col < D)[None, :], other=0.0)
+            if D == BLOCK:
+                tile = tl.load(p)
+            else:
+                tile = tl.load(p, mask=(o_col < D)[None, :], other=0.0)
     else:
-        if D == BLOCK:
-            tile = tl.load(p)
-        else:
-            tile = tl.load(p, mask=(o_col < D)[None, :], other=0.0)
+        tile = d_t.load([o_b, o_h, o_t + start, 0]).reshape((ROWS, BLOCK))
     return tile
 
 

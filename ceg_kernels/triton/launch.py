@@ -22,6 +22,11 @@ class Gpu:
     warp: int  # threads that run in lockstep
     processors: int  # SMs or compute units
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether a copy engine (TMA: Hopper and later) loads blocks by a tensor's description."""
+        return self.arch == "interpreter" or (self.arch[:3] == "sm_" and int(self.arch[3:]) >= 90)
+
 
 @dataclass(frozen=True)
 class Launch:
