@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
 from ceg_model.progress import Progress
@@ -20,16 +23,26 @@ def run(targets: str, *, as_json: bool) -> int:
     from ceg_kernels.triton import compile
 
     wanted = tuple(compile.TARGETS) if targets == "all" else tuple(targets.split(","))
-    facts = []
-    with Progress("kernels") as progress:
-        for fact in compile.report(wanted):
-            facts.append(fact)
-            progress(len(facts), 0, f"{fact.target} {fact.kernel} {fact.case}")
+    jobs = [(target, family) for target in wanted for family in compile.FAMILIES]
+    facts: list[Facts] = []
+    workers = min(len(jobs), os.cpu_count() or 1)
+    # Spawned: a fork would inherit torch's threads without the threads.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with pool, Progress("kernels") as progress:
+        for done, found in enumerate(pool.map(_report, *zip(*jobs, strict=True))):
+            facts += found
+            progress(done + 1, len(jobs), " ".join(jobs[done]))
     if as_json:
         print(json.dumps([dataclasses.asdict(f) | {"wrong": f.wrong} for f in facts], indent=2))
     else:
         print("\n".join(_lines(facts)))
     return 1 if any(fact.wrong for fact in facts) else 0
+
+
+def _report(target: str, family: str) -> list[Facts]:
+    from ceg_kernels.triton import compile
+
+    return list(compile.report([target], families=[family]))
 
 
 def _lines(facts: list[Facts]) -> Iterator[str]:

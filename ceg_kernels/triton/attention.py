@@ -12,16 +12,21 @@ every row sees whole have no mask code, blocks that nobody sees are not visited.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ceg_kernels.triton.attention_config import forward_tile
+from ceg_kernels.triton.attention_config import for_queries
+from ceg_kernels.triton.attention_problem import (
+    CASES,
+    described,
+    lse_strides,
+    problem_of,
+    strides,
+)
 from ceg_kernels.triton.attention_tile import (
     LOG2E,
     dot,
@@ -33,7 +38,7 @@ from ceg_kernels.triton.attention_tile import (
     view,
     visible,
 )
-from ceg_kernels.triton.launch import Gpu, gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
 
 
 @triton.jit
@@ -155,88 +160,6 @@ def attention_fwd_kernel(
     store_rows(p_out, s_ot, o_m, n_q, acc * (1.0 / safe)[:, None], DV, BLOCK_DV)
 
 
-MOST = 2**30  # rows of a sequence or of a packed batch: positions and windows add up in 32 bits
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What forward and backward derive from the schema's arguments alike."""
-
-    batch: int
-    n_q: int
-    n_k: int
-    cu_q: Any
-    cu_k: Any
-    slopes: Any
-    sink: Any
-    left: int
-    right: int
-    constants: dict[str, Any]  # of every kernel
-
-    @property
-    def slopes_stride(self) -> int:
-        return 0 if self.slopes is None or self.slopes.dim() == 1 else self.slopes.stride(0)
-
-
-def problem_of(
-    q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, causal, left, right, softcap
-) -> Problem:  # fmt: skip
-    """ValueError where positions would not fit into 32 bits."""
-    packed = cu_q is not None
-    for name, t in (("q", q), ("k", k)):
-        if t.shape[-3] >= MOST:
-            raise ValueError(f"{name} must have fewer than 2^30 rows, got {t.shape[-3]}")
-    right = 0 if causal else right
-    d, dv = q.shape[-1], v.shape[-1]
-    constants = {
-        "D": d, "DV": dv, "GROUP": q.shape[-2] // k.shape[-2],
-        # A matrix instruction sums over 16 or more.
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(dv)),
-        "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "CAPPED": softcap > 0,
-    }  # fmt: skip
-    return Problem(
-        batch=cu_q.numel() - 1 if packed else q.shape[0],
-        n_q=max_q if packed else q.shape[1],
-        n_k=max_k if packed else k.shape[1],
-        cu_q=cu_q, cu_k=cu_k, slopes=_single(slopes), sink=_single(sink),
-        left=min(left, MOST - 2**16), right=min(right, MOST - 2**16), constants=constants,
-    )  # fmt: skip
-
-
-def strides(t, packed: bool) -> tuple[int, int, int]:
-    """Of sequence, row and head; packed sequences lie behind each other's rows."""
-    return (0 if packed else t.stride(0)), t.stride(-3), t.stride(-2)
-
-
-def lse_strides(lse, packed: bool) -> tuple[int, int]:
-    """Of sequence and head."""
-    return (0, lse.stride(0)) if packed else (lse.stride(0), lse.stride(1))
-
-
-def described(tensors, rows: int, p: Problem, gpu: Gpu) -> list[TensorDescriptor | None]:
-    """Descriptors (B, H, T, D) to load blocks of `rows` rows with the GPU's copy engine (TMA).
-
-    None for each where the GPU has none or a tensor is not laid out for it: 16 bytes apart (CUDA
-    driver API, cuTensorMapEncodeTiled).
-    """
-    if not gpu.has_descriptors:
-        return [None] * len(tensors)
-    found: list[TensorDescriptor | None] = []
-    for t in tensors:
-        t4 = (t if t.dim() == 4 else t[None]).transpose(1, 2)
-        width = p.constants["BLOCK_D" if t.shape[-1] == p.constants["D"] else "BLOCK_DV"]
-        apart = [s * t.element_size() % 16 == 0 and s > 0 for s in t4.stride()[:-1]]
-        if t.element_size() != 2 or t.data_ptr() % 16 or not all(apart) or not t.numel():
-            return [None] * len(tensors)
-        found.append(TensorDescriptor.from_tensor(t4, [1, 1, rows, width]))
-    return found
-
-
-def _single(t):
-    return None if t is None else t.to(torch.float32).contiguous()
-
-
 def forward(
     q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, scale, causal, left, right, softcap
 ):  # fmt: skip
@@ -248,7 +171,7 @@ def forward(
     shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
     gpu = gpu_of(q)
-    tile = forward_tile(gpu, p.constants, q.element_size(), p.n_q)
+    tile = for_queries(p.tile("fwd", gpu), p.n_q)
     launch(
         attention_fwd_kernel, (triton.cdiv(p.n_q, tile.m) * p.batch * heads,),
         q, k, v, *described((k, v), tile.n, p, gpu), out, lse, p.cu_q, p.cu_k, p.slopes, p.sink,
@@ -260,44 +183,6 @@ def forward(
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return out, lse
-
-
-def case(
-    b, t, heads, heads_kv, d, dtype=torch.bfloat16, *, causal=True, left=-1, softcap=0.0,
-    slopes=False, sink=False, packed=False, queries=None,
-):  # fmt: skip
-    """Arguments on meta tensors, for `compiled()` here and in attention_backward.py."""
-
-    def meta(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    tq = t if queries is None else queries
-    lead_q, lead_k = ((b * tq,), (b * t,)) if packed else ((b, tq), (b, t))
-    cu = meta(b + 1, dtype=torch.int32) if packed else None
-    per_head = meta(heads, dtype=torch.float32)
-    return (
-        meta(*lead_q, heads, d), meta(*lead_k, heads_kv, d), meta(*lead_k, heads_kv, d), cu, cu,
-        tq, t, per_head if slopes else None, per_head if sink else None, 0.125, causal, left, -1,
-        softcap,
-    )  # fmt: skip
-
-
-CASES: dict[str, tuple] = {
-    "D64 bf16 causal": case(4, 1024, 12, 12, 64),
-    "D64 bf16 full": case(4, 1024, 12, 12, 64, causal=False),
-    "D128 bf16 causal 32/8": case(2, 2048, 32, 8, 128),
-    "D128 bf16 full": case(2, 2048, 32, 8, 128, causal=False),
-    "D256 bf16 causal": case(2, 2048, 8, 8, 256),
-    "D80 fp16 causal": case(2, 2048, 8, 8, 80, torch.float16),
-    "D16 bf16 causal": case(2, 2048, 8, 8, 16),
-    "D64 fp32 causal": case(2, 1024, 8, 8, 64, torch.float32),
-    "D128 fp32 causal": case(2, 1024, 8, 8, 128, torch.float32),
-    "D256 fp32 causal": case(2, 1024, 8, 8, 256, torch.float32),
-    "D128 bf16 everything packed": case(
-        4, 1024, 16, 4, 128, left=256, softcap=30.0, slopes=True, sink=True, packed=True
-    ),
-    "D128 bf16 decode": case(8, 4096, 32, 8, 128, queries=1),
-}
 
 
 def compiled() -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -18,8 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.attention import CASES, described, lse_strides, problem_of, strides
-from ceg_kernels.triton.attention_config import backward_tiles
+from ceg_kernels.triton.attention_problem import (
+    CASES,
+    described,
+    lse_strides,
+    problem_of,
+    strides,
+)
 from ceg_kernels.triton.attention_tile import (
     LOG2E,
     dot,
@@ -59,10 +64,10 @@ def attention_bwd_delta_kernel(
 def attention_bwd_dsink_kernel(
     p_lse, p_delta, p_sink, p_dsink, n_q, n_batch, s_lb, s_lh, BLOCK: tl.constexpr
 ):
-    """dsink = -sum of p_sink * delta over all rows of a head, in order."""
+    """dsink = -sum of p_sink * delta over all rows of a head, in order; in fp64: terms cancel."""
     h = tl.program_id(0).to(tl.int64)
     sink = tl.load(p_sink + h)
-    dsink = tl.zeros((BLOCK,), tl.float32)
+    dsink = tl.zeros((BLOCK,), tl.float64)
     o_row = h * s_lh
     for _ in tl.range(0, n_batch):
         for start in tl.range(0, n_q, BLOCK):
@@ -70,9 +75,9 @@ def attention_bwd_dsink_kernel(
             m = o_m < n_q
             lse = tl.load(p_lse + o_row + o_m, mask=m, other=float("inf"))
             delta = tl.load(p_delta + o_row + o_m, mask=m, other=0.0)
-            dsink -= tl.exp2((sink - lse) * LOG2E) * delta
+            dsink -= tl.exp2((sink - lse) * LOG2E).to(tl.float64) * delta.to(tl.float64)
         o_row += s_lb
-    tl.store(p_dsink + h, tl.sum(dsink, axis=0))
+    tl.store(p_dsink + h, tl.sum(dsink, axis=0).to(tl.float32))
 
 
 @triton.jit
@@ -322,7 +327,7 @@ def backward(
     read = [s for t in (dout, q, k, v) for s in strides(t, packed)]
     flags = p.left, p.right, scale, softcap
     gpu = gpu_of(q)
-    keys, queries = backward_tiles(gpu, p.constants, q.element_size())
+    keys, queries = p.tile("bwd_dkdv", gpu), p.tile("bwd_dq", gpu)
     launch(
         attention_bwd_dkdv_kernel, (triton.cdiv(p.n_k, keys.n) * p.batch * heads_kv,),
         dout, q, k, v, *described((dout, q), keys.m, p, gpu), lse, delta, dk, dv,

@@ -1,16 +1,28 @@
-"""Tiles of the attention kernels: chosen with the compiler's report, and not measured on any GPU.
+"""Tiles of the attention kernels, from attention_tiles.json: a row per kernel, GPU, head_dim, width
+of the elements and kind of mask.
 
-Every entry compiles without spills and within the shared memory of the GPUs of its row, which
-`ceg info --kernels` checks. Nothing is tuned on a user's call. Whether the mask is causal may
-change what is fastest, not what fits, so it is no key before something has been measured.
+Rows by "compiler" are the largest tiles that compile without spills and within shared memory: a
+guess at what is fast. `ceg tune` replaces them by measured ones. Nothing is tuned on a user's call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ceg_kernels.triton.launch import Gpu
+
+PATH = Path(__file__).parent / "attention_tiles.json"
+KERNELS = ("fwd", "bwd_dkdv", "bwd_dq")
+
+# GPUs that use the rows of another: the same generation, or one with as little shared memory.
+ALIKE = {"sm_103": "sm_100", "sm_86": "sm_120", "sm_89": "sm_120", "sm_121": "sm_120"}
 
 
 @dataclass(frozen=True)
@@ -21,64 +33,78 @@ class Tile:
     stages: int
 
 
-# For each GPU the tiles for a head_dim, padded to a power of two, of up to 64, 128 and 256; fp32,
-# whose products need no matrix unit (tf32 is never used), has the same everywhere.
-Table = dict[str, tuple[Tile, Tile, Tile]]
-FORWARD: Table = {
-    "sm_80": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-    "sm_90": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-    "sm_100": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-    "sm_120": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
-    "gfx942": (Tile(128, 64, 4, 1), Tile(128, 32, 8, 1), Tile(64, 32, 8, 1)),
-    "fp32": (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-}
-KEYS: Table = {  # dK and dV
-    "sm_80": (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
-    "sm_90": (Tile(64, 128, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
-    "sm_100": (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
-    "sm_120": (Tile(32, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
-    "gfx942": (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    "fp32": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
-}
-QUERIES: Table = {  # dQ
-    "sm_80": (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-    "sm_90": (Tile(64, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-    "sm_100": (Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    "sm_120": (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-    "gfx942": (Tile(64, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    "fp32": (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 16, 1)),
-}
-
-# GPUs that use the row of another: the same generation, or one with as little shared memory.
-ROWS = {"sm_103": "sm_100", "sm_86": "sm_120", "sm_89": "sm_120", "sm_121": "sm_120"}
+@dataclass(frozen=True)
+class Key:
+    kernel: str  # of KERNELS
+    gpu: str  # sm_90, gfx942, ...
+    head_dim: int  # 64, 128 or 256: the next one that is not smaller
+    bits: int  # of an element: 16 or 32
+    mask: str  # causal, full, other (window, softcap, ALiBi or packed); plain: causal or full
 
 
-def row(gpu: Gpu, width: int) -> str:
-    """The row of the tables for this GPU; for one that has none, that with the smallest tiles."""
-    if width == 4:
-        return "fp32"
-    arch = ROWS.get(gpu.arch, gpu.arch)
-    if arch in FORWARD:
-        return arch
-    return "gfx942" if gpu.warp == 64 else "sm_120"
+_FORCED: ContextVar[Mapping[str, Tile] | None] = ContextVar("ceg_attention_tiles", default=None)
 
 
-def _lookup(table: Table, gpu: Gpu, constants: dict[str, Any], width: int) -> Tile:
+@contextlib.contextmanager
+def forced(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Kernels launched inside take these tiles, by kernel; for `ceg tune`."""
+    token = _FORCED.set(tiles)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def rows(path: Path = PATH) -> dict[Key, tuple[Tile, Any]]:
+    """The table: each key's tile and where it comes from."""
+    listed = json.loads(path.read_text())
+    return {Key(*row["key"]): (Tile(*row["tile"]), row["by"]) for row in listed}
+
+
+def write(table: Mapping[Key, tuple[Tile, Any]], path: Path = PATH) -> None:
+    """Replace the table, a line for each row; a reader sees the old one or the new one."""
+    lines = [
+        json.dumps({"key": [*vars(key).values()], "tile": [*vars(tile).values()], "by": by})
+        for key, (tile, by) in sorted(table.items(), key=lambda row: [*map(str, vars(row[0]))])
+    ]
+    temporary = path.with_suffix(".new")
+    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    temporary.replace(path)
+
+
+@functools.cache
+def _tiles() -> dict[Key, Tile]:
+    return {key: tile for key, (tile, _) in rows().items()}
+
+
+def key_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask: str) -> Key:
+    """The key of a call: its GPU as it is called in the table, or the one with least memory."""
+    size = max(constants["BLOCK_D"], constants["BLOCK_DV"])
+    head_dim = 64 if size <= 64 else 128 if size <= 128 else 256
+    arch = ALIKE.get(gpu.arch, gpu.arch)
+    if Key("fwd", arch, 64, 16, "plain") not in _tiles():
+        arch = "gfx942" if gpu.warp == 64 else "sm_120"
+    return Key(kernel, arch, head_dim, bits, mask)
+
+
+def plain(key: Key) -> Key:
+    """The key that a call falls back to whose own mask was not measured."""
+    return replace(key, mask="plain") if key.mask in ("causal", "full") else key
+
+
+def tile_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask: str) -> Tile:
+    """The tile of a call; where it was not measured, that for any plain mask."""
+    if (given := _FORCED.get()) is not None and kernel in given:
+        return given[kernel]
     if gpu.arch == "interpreter":
         return Tile(64, 64, 4, 1)  # small, so that the tests have several
-    size = max(constants["BLOCK_D"], constants["BLOCK_DV"])
-    return table[row(gpu, width)][0 if size <= 64 else 1 if size <= 128 else 2]
+    key = key_of(kernel, gpu, constants, bits, mask)
+    return _tiles().get(key) or _tiles()[plain(key)]
 
 
-def forward_tile(gpu: Gpu, constants: dict[str, Any], width: int, n_q: int) -> Tile:
-    """The tile of a forward. Few queries, as in decoding, take no more rows than they need."""
-    tile = _lookup(FORWARD, gpu, constants, width)
-    rows = tile.m
-    while rows >= 2 * n_q and rows > 16:
-        rows //= 2
-    return tile if rows == tile.m else Tile(rows, tile.n, min(tile.warps, 4), tile.stages)
-
-
-def backward_tiles(gpu: Gpu, constants: dict[str, Any], width: int) -> tuple[Tile, Tile]:
-    """The tiles of dK and dV, and of dQ."""
-    return _lookup(KEYS, gpu, constants, width), _lookup(QUERIES, gpu, constants, width)
+def for_queries(tile: Tile, n_q: int) -> Tile:
+    """Few queries, as in decoding, take no more rows than they need."""
+    m = tile.m
+    while m >= 2 * n_q and m > 16:
+        m //= 2
+    return tile if m == tile.m else Tile(m, tile.n, min(tile.warps, 4), tile.stages)

@@ -192,7 +192,7 @@ def moe_route_bwd_kernel(
 
 
 PER_THREAD = 8  # logits in a thread, beside as many ranks and scores
-LEAST_THREADS, MOST_THREADS = 128, 512
+LEAST_THREADS, MOST_THREADS = 128, 1024
 
 
 def _tile(experts: int, top_k: int, gpu: Gpu) -> dict[str, int]:
