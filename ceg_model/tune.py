@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +103,7 @@ def by_clock(kernels: tuple[str, ...], path: Path, progress: Progress) -> dict[K
     target = TARGETS.get(config.ALIKE.get(arch, arch))
     if target is None:
         raise RuntimeError(f"the GPU must be one of {', '.join(TARGETS)}, got {arch}")
-    by = {"device": torch.cuda.get_device_name(), "triton": triton.version(), "commit": commit()}
+    by = {"device": torch.cuda.get_device_name(), "triton": version("triton"), "commit": commit()}
     found: dict[Key, Tile] = {}
     keys = [key for key in tune.masks(target) if key.kernel in kernels]
     for done, key in enumerate(keys):
@@ -141,5 +143,5 @@ def tune_one(key: Key, tiles: list[Tile], target: Any, device: str) -> dict[Tile
             return op.backend("triton").run(*args)
 
     right = [t for t in tiles if accuracy.compare(op, accuracy.as_tuple(call(t)), args) <= 1]
-    timings = time_interleaved({str(t): lambda t=t: call(t) for t in right}, device=device)
+    timings = time_interleaved({str(t): partial(call, t) for t in right}, device=device)
     return {t: timings[str(t)].median_s for t in right}

@@ -171,7 +171,10 @@ def test_head_dims_that_fill_no_tile(d):
 @pytest.mark.parametrize("op", ["attention", "attention_backward"])
 def test_refusals_say_why(op):
     q = torch.zeros(1, 2, 1, 264, device=DEVICE)
-    for bad, match in ((q, "needs head_dim <= 256, got 264"), (q[..., :8].double(), "got float64")):
+    cases = [(q, "needs head_dim <= 256, got 264"), (q[..., :8].double(), "got float64")]
+    if op == "attention_backward":
+        cases.append((q[..., :136], "needs head_dim <= 128 in float32, got 136"))
+    for bad, match in cases:
         args = bad, bad, bad, *tail(2, 2)
         if op == "attention_backward":
             args = bad, None, *args[:3], bad, torch.zeros(1, 1, 2, device=DEVICE), *args[3:]

@@ -377,8 +377,11 @@ def compiled() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The calls whose kernels are compiled ahead of time, by name; see compile.py."""
     for name, args in CASES.items():
         q, _, v, cu = args[:4]
+        if q.dtype == torch.float32 and q.shape[-1] > 128:
+            continue  # refused: see ops/attention.py
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
         shape = out.shape[-2::-1] if cu is not None else (out.shape[0], *out.shape[-2:0:-1])
         lse = q.new_empty(shape, dtype=torch.float32)
         dlse = lse if "everything" in name else None
-        yield name, partial(backward, out, dlse, *args[:3], out, lse, *args[3:])
+        given = (out, dlse, *args[:3], out, lse, *args[3:])
+        yield name, partial(backward, *given)

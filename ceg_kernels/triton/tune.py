@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ceg_kernels.triton import attention, attention_backward
-from ceg_kernels.triton.attention_config import KERNELS, Key, Tile, forced, key_of, plain
+from ceg_kernels.triton.attention_config import Key, Tile, forced, key_of, plain
 from ceg_kernels.triton.attention_problem import CASES, problem_of
 from ceg_kernels.triton.compile import TARGETS, Facts, Target, build, describe
 from ceg_kernels.triton.launch import record
@@ -25,11 +25,9 @@ MODULES = {"fwd": attention, "bwd_dkdv": attention_backward, "bwd_dq": attention
 
 def keys(target: Target) -> Iterator[Key]:
     """The keys of this target that the cases cover."""
-    found = (
-        plain(_key(kernel, target, args))
-        for kernel, args in itertools.product(KERNELS, CASES.values())
-    )
-    yield from dict.fromkeys(found)
+    for kernel, module in MODULES.items():
+        names = (name for name, _ in module.compiled())
+        yield from dict.fromkeys(plain(_key(kernel, target, CASES[name])) for name in names)
 
 
 def _key(kernel: str, target: Target, args: tuple) -> Key:
