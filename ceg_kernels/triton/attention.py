@@ -38,13 +38,13 @@ from ceg_kernels.triton.attention_tile import (
     view,
     visible,
 )
-from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import cdiv, gpu_of, launch, unit_stride
 
 
 @triton.jit
 def _visit(
-    acc, top, total, q, keys, values, o_m, first, last, n_k, shift, left, right, slope, scale,
-    softcap, to_log2,
+    acc, top, total, q, keys, values, d_k, d_v, o_m, first, last, n_k, shift, left, right, slope,
+    scale, softcap, to_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
     BIASED: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
@@ -54,7 +54,7 @@ def _visit(
         o_n = start + tl.arange(0, BLOCK_N)
 
         # Logits.
-        k = load_rows(keys, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
+        k = load_rows(keys, d_k, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
         s = dot(q, tl.trans(k))
         distance = o_n[None, :] - o_m[:, None] - shift
         if not FOLDED:
@@ -74,7 +74,7 @@ def _visit(
         top = now
 
         # Values.
-        v = load_rows(values, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
+        v = load_rows(values, d_v, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
         acc = acc * rescale[:, None] + dot(p.to(v.dtype), v)
     return acc, top, total
 
@@ -103,10 +103,10 @@ def attention_fwd_kernel(
     o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
 
     # Load.
-    queries = view(p_q, s_qb, s_qt, s_qh, None, p_cu_q, b, h, first_q)
-    q = load_rows(queries, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
-    keys = view(p_k, s_kb, s_kt, s_kh, d_k, p_cu_k, b, h // GROUP, first_k)
-    values = view(p_v, s_vb, s_vt, s_vh, d_v, p_cu_k, b, h // GROUP, first_k)
+    queries = view(p_q, s_qb, s_qt, s_qh, p_cu_q, b, h, first_q)
+    q = load_rows(queries, None, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
+    keys = view(p_k, s_kb, s_kt, s_kh, p_cu_k, b, h // GROUP, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, p_cu_k, b, h // GROUP, first_k)
     BIASED: tl.constexpr = p_slopes is not None
     slope = 0.0
     if BIASED:
@@ -121,19 +121,22 @@ def attention_fwd_kernel(
     start, whole, rest, stop = partners(
         tile * BLOCK_M, last, shift, left, right, n_k, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
+    # Borders of packed sequences are nothing that a descriptor knows.
+    b_k = None if p_cu_k is not None else d_k
+    b_v = None if p_cu_k is not None else d_v
     if HAS_LEFT:
         acc, top, total = _visit(
-            acc, top, total, q, keys, values, o_m, start, tl.minimum(whole, stop), n_k,
+            acc, top, total, q, keys, values, b_k, b_v, o_m, start, tl.minimum(whole, stop), n_k,
             shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
         )  # fmt: skip
     acc, top, total = _visit(
-        acc, top, total, q, keys, values, o_m, whole, rest, n_k,
+        acc, top, total, q, keys, values, d_k, d_v, o_m, whole, rest, n_k,
         shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, False,
     )  # fmt: skip
     acc, top, total = _visit(
-        acc, top, total, q, keys, values, o_m, rest, stop, n_k,
+        acc, top, total, q, keys, values, b_k, b_v, o_m, rest, stop, n_k,
         shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
     )  # fmt: skip
@@ -173,7 +176,7 @@ def forward(
     gpu = gpu_of(q)
     tile = for_queries(p.tile("fwd", gpu), p.n_q)
     launch(
-        attention_fwd_kernel, (triton.cdiv(p.n_q, tile.m) * p.batch * heads,),
+        attention_fwd_kernel, (cdiv(p.n_q, tile.m) * p.batch * heads,),
         q, k, v, *described((k, v), tile.n, p, gpu), out, lse, p.cu_q, p.cu_k, p.slopes, p.sink,
         p.n_q, p.n_k, heads, p.batch * heads,
         *strides(q, packed), *strides(k, packed), *strides(v, packed), *strides(out, packed),

@@ -36,7 +36,7 @@ from ceg_kernels.triton.attention_tile import (
     view,
     visible,
 )
-from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import cdiv, gpu_of, launch, unit_stride
 
 
 @triton.jit(do_not_specialize=["n_q", "n_tiles", "heads"])
@@ -48,11 +48,11 @@ def attention_bwd_delta_kernel(
     """delta = rowsum(dout * out) - dlse. Packed sequences are one long one here."""
     o_bh = tl.program_id(0) // n_tiles
     b, h = (o_bh // heads).to(tl.int64), (o_bh % heads).to(tl.int64)
-    douts = view(p_dout, s_dob, s_dot, s_doh, None, None, b, h, 0)
-    outs = view(p_out, s_ob, s_ot, s_oh, None, None, b, h, 0)
+    douts = view(p_dout, s_dob, s_dot, s_doh, None, b, h, 0)
+    outs = view(p_out, s_ob, s_ot, s_oh, None, b, h, 0)
     first = tl.program_id(0) % n_tiles * BLOCK_M
-    dout = load_rows(douts, first, n_q, True, DV, BLOCK_M, BLOCK_DV).to(tl.float32)
-    out = load_rows(outs, first, n_q, True, DV, BLOCK_M, BLOCK_DV).to(tl.float32)
+    dout = load_rows(douts, None, first, n_q, True, DV, BLOCK_M, BLOCK_DV).to(tl.float32)
+    out = load_rows(outs, None, first, n_q, True, DV, BLOCK_M, BLOCK_DV).to(tl.float32)
     delta = tl.sum(dout * out, axis=1)
     o_m = first + tl.arange(0, BLOCK_M)
     if p_dlse is not None:
@@ -107,8 +107,8 @@ def _load_statistics(p_lse, p_delta, o_m, n_q, BOUNDED: tl.constexpr):
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k, v, queries, douts, p_lse, p_delta, o_n, first, last, n_q, n_k, shift, left, right,
-    slope, scale, softcap,
+    dk, dv, k, v, queries, douts, d_q, d_dout, p_lse, p_delta, o_n, first, last, n_q, n_k, shift,
+    left, right, slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
@@ -118,7 +118,7 @@ def _visit_queries(
         o_m = start + tl.arange(0, BLOCK_M)
 
         # Probabilities.
-        q = load_rows(queries, start, n_q, BOUNDED, D, BLOCK_M, BLOCK_D)
+        q = load_rows(queries, d_q, start, n_q, BOUNDED, D, BLOCK_M, BLOCK_D)
         delta, lse = _load_statistics(p_lse, p_delta, o_m, n_q, BOUNDED)
         distance = o_n[:, None] - o_m[None, :] - shift
         m = visible(distance, o_n[:, None], n_k, left, right, HAS_LEFT, HAS_RIGHT)
@@ -128,7 +128,7 @@ def _visit_queries(
         )  # fmt: skip
 
         # dV.
-        dout = load_rows(douts, start, n_q, BOUNDED, DV, BLOCK_M, BLOCK_DV)
+        dout = load_rows(douts, d_dout, start, n_q, BOUNDED, DV, BLOCK_M, BLOCK_DV)
         dv += dot(p.to(dout.dtype), dout)
 
         # dK.
@@ -162,10 +162,10 @@ def attention_bwd_dkdv_kernel(
     o_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # Load.
-    keys = view(p_k, s_kb, s_kt, s_kh, None, p_cu_k, b, h_kv, first_k)
-    values = view(p_v, s_vb, s_vt, s_vh, None, p_cu_k, b, h_kv, first_k)
-    k = load_rows(keys, tile * BLOCK_N, n_k, True, D, BLOCK_N, BLOCK_D)
-    v = load_rows(values, tile * BLOCK_N, n_k, True, DV, BLOCK_N, BLOCK_DV)
+    keys = view(p_k, s_kb, s_kt, s_kh, p_cu_k, b, h_kv, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, p_cu_k, b, h_kv, first_k)
+    k = load_rows(keys, None, tile * BLOCK_N, n_k, True, D, BLOCK_N, BLOCK_D)
+    v = load_rows(values, None, tile * BLOCK_N, n_k, True, DV, BLOCK_N, BLOCK_DV)
     o_lse = b * s_lb + first_q
     BIASED: tl.constexpr = p_slopes is not None
 
@@ -176,17 +176,20 @@ def attention_bwd_dkdv_kernel(
     start, whole, rest, stop = partners(
         tile * BLOCK_N, last, -shift, right, left, n_q, BLOCK_M, HAS_RIGHT, HAS_LEFT
     )
+    # Borders of packed sequences are nothing that a descriptor knows.
+    b_q = None if p_cu_q is not None else d_q
+    b_dout = None if p_cu_q is not None else d_dout
     for g in tl.range(0, GROUP):
         h = h_kv * GROUP + g
         slope = 0.0
         if BIASED:
             slope = tl.load(p_slopes + b * s_slopes + h)
-        queries = view(p_q, s_qb, s_qt, s_qh, d_q, p_cu_q, b, h, first_q)
-        douts = view(p_dout, s_dob, s_dot, s_doh, d_dout, p_cu_q, b, h, first_q)
+        queries = view(p_q, s_qb, s_qt, s_qh, p_cu_q, b, h, first_q)
+        douts = view(p_dout, s_dob, s_dot, s_doh, p_cu_q, b, h, first_q)
         p_lseh, p_deltah = p_lse + o_lse + h * s_lh, p_delta + o_lse + h * s_lh
         if HAS_RIGHT:
             dk, dv = _visit_queries(
-                dk, dv, k, v, queries, douts, p_lseh, p_deltah, o_n, start,
+                dk, dv, k, v, queries, douts, b_q, b_dout, p_lseh, p_deltah, o_n, start,
                 tl.minimum(whole, stop), n_q, n_k, shift, left, right, slope, scale, softcap,
                 D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True, True,
             )  # fmt: skip
@@ -194,14 +197,14 @@ def attention_bwd_dkdv_kernel(
         # registers, but a packed sequence would lose its descriptors.
         APART: tl.constexpr = HAS_LEFT or p_cu_q is not None
         dk, dv = _visit_queries(
-            dk, dv, k, v, queries, douts, p_lseh, p_deltah, o_n, whole,
+            dk, dv, k, v, queries, douts, d_q, d_dout, p_lseh, p_deltah, o_n, whole,
             rest if APART else stop, n_q, n_k, shift, left, right, slope, scale, softcap,
             D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, False,
             not APART,
         )  # fmt: skip
         if APART:
             dk, dv = _visit_queries(
-                dk, dv, k, v, queries, douts, p_lseh, p_deltah, o_n, rest,
+                dk, dv, k, v, queries, douts, b_q, b_dout, p_lseh, p_deltah, o_n, rest,
                 stop, n_q, n_k, shift, left, right, slope, scale, softcap,
                 D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, HAS_LEFT,
                 True,
@@ -216,8 +219,8 @@ def attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _visit_keys(
-    dq, q, dout, lse, delta, keys, values, o_m, first, last, n_k, shift, left, right, slope,
-    scale, softcap,
+    dq, q, dout, lse, delta, keys, values, d_k, d_v, o_m, first, last, n_k, shift, left, right,
+    slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr,
@@ -227,7 +230,7 @@ def _visit_keys(
         o_n = start + tl.arange(0, BLOCK_N)
 
         # Probabilities.
-        k = load_rows(keys, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
+        k = load_rows(keys, d_k, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
         distance = o_n[None, :] - o_m[:, None] - shift
         m = visible(distance, o_n[None, :], n_k, left, right, HAS_LEFT, HAS_RIGHT)
         p, t = _probabilities(
@@ -237,7 +240,7 @@ def _visit_keys(
 
         # dQ. dS sums to 0 over the keys and rounded dS does not: what all keys have in common
         # would come back times the difference. So what rounding leaves over is multiplied too.
-        v = load_rows(values, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
+        v = load_rows(values, d_v, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
         ds = p * (dot(dout, tl.trans(v)) - delta[:, None])
         if CAPPED:
             ds *= 1.0 - t * t
@@ -271,14 +274,14 @@ def attention_bwd_dq_kernel(
     o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
 
     # Load.
-    queries = view(p_q, s_qb, s_qt, s_qh, None, p_cu_q, b, h, first_q)
-    douts = view(p_dout, s_dob, s_dot, s_doh, None, p_cu_q, b, h, first_q)
-    q = load_rows(queries, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
-    dout = load_rows(douts, tile * BLOCK_M, n_q, True, DV, BLOCK_M, BLOCK_DV)
+    queries = view(p_q, s_qb, s_qt, s_qh, p_cu_q, b, h, first_q)
+    douts = view(p_dout, s_dob, s_dot, s_doh, p_cu_q, b, h, first_q)
+    q = load_rows(queries, None, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
+    dout = load_rows(douts, None, tile * BLOCK_M, n_q, True, DV, BLOCK_M, BLOCK_DV)
     o_lse = b * s_lb + h * s_lh + first_q
     delta, lse = _load_statistics(p_lse + o_lse, p_delta + o_lse, o_m, n_q, True)
-    keys = view(p_k, s_kb, s_kt, s_kh, d_k, p_cu_k, b, h // GROUP, first_k)
-    values = view(p_v, s_vb, s_vt, s_vh, d_v, p_cu_k, b, h // GROUP, first_k)
+    keys = view(p_k, s_kb, s_kt, s_kh, p_cu_k, b, h // GROUP, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, p_cu_k, b, h // GROUP, first_k)
     BIASED: tl.constexpr = p_slopes is not None
     slope = 0.0
     if BIASED:
@@ -289,19 +292,21 @@ def attention_bwd_dq_kernel(
     start, whole, rest, stop = partners(
         tile * BLOCK_M, last, shift, left, right, n_k, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
+    b_k = None if p_cu_k is not None else d_k
+    b_v = None if p_cu_k is not None else d_v
     if HAS_LEFT:
         dq = _visit_keys(
-            dq, q, dout, lse, delta, keys, values, o_m, start, tl.minimum(whole, stop),
+            dq, q, dout, lse, delta, keys, values, b_k, b_v, o_m, start, tl.minimum(whole, stop),
             n_k, shift, left, right, slope, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True,
         )  # fmt: skip
     dq = _visit_keys(
-        dq, q, dout, lse, delta, keys, values, o_m, whole, rest,
+        dq, q, dout, lse, delta, keys, values, d_k, d_v, o_m, whole, rest,
         n_k, shift, left, right, slope, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, False,
     )  # fmt: skip
     dq = _visit_keys(
-        dq, q, dout, lse, delta, keys, values, o_m, rest, stop,
+        dq, q, dout, lse, delta, keys, values, b_k, b_v, o_m, rest, stop,
         n_k, shift, left, right, slope, scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, True,
     )  # fmt: skip
@@ -329,7 +334,7 @@ def backward(
     gpu = gpu_of(q)
     keys, queries = p.tile("bwd_dkdv", gpu), p.tile("bwd_dq", gpu)
     launch(
-        attention_bwd_dkdv_kernel, (triton.cdiv(p.n_k, keys.n) * p.batch * heads_kv,),
+        attention_bwd_dkdv_kernel, (cdiv(p.n_k, keys.n) * p.batch * heads_kv,),
         dout, q, k, v, *described((dout, q), keys.m, p, gpu), lse, delta, dk, dv,
         p.cu_q, p.cu_k, p.slopes,
         p.n_q, p.n_k, heads_kv, p.batch * heads_kv,
@@ -337,7 +342,7 @@ def backward(
         **p.constants, BLOCK_M=keys.m, BLOCK_N=keys.n, warps=keys.warps, stages=keys.stages,
     )  # fmt: skip
     launch(
-        attention_bwd_dq_kernel, (triton.cdiv(p.n_q, queries.m) * p.batch * heads,),
+        attention_bwd_dq_kernel, (cdiv(p.n_q, queries.m) * p.batch * heads,),
         dout, q, k, v, *described((k, v), queries.n, p, gpu), lse, delta, dq,
         p.cu_q, p.cu_k, p.slopes,
         p.n_q, p.n_k, heads, p.batch * heads,
@@ -351,8 +356,8 @@ def backward(
 def _delta(dout, out, dlse, lse, packed, p):
     delta = torch.empty_like(lse)
     rows, heads = lse.shape[-1], out.shape[-2]
-    block = max(1, 4096 // p.constants["BLOCK_DV"])
-    tiles = triton.cdiv(rows, block)
+    block = max(1, 65536 // (p.bits * p.constants["BLOCK_DV"]))
+    tiles = cdiv(rows, block)
     more = (0, 0) if dlse is None else lse_strides(dlse := unit_stride(dlse), packed)
     launch(
         attention_bwd_delta_kernel, (tiles * lse.numel() // max(rows, 1),),

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ceg_kernels.triton.attention_config import Tile, tile_of
-from ceg_kernels.triton.launch import Gpu
+from ceg_kernels.triton.launch import Gpu, next_power_of_2
 
 MOST = 2**30  # rows of a sequence or of a packed batch: positions and windows add up in 32 bits
 
@@ -57,8 +56,8 @@ def problem_of(
     constants = {
         "D": d, "DV": dv, "GROUP": q.shape[-2] // k.shape[-2],
         # A matrix instruction sums over 16 or more.
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(dv)),
+        "BLOCK_D": max(16, next_power_of_2(d)),
+        "BLOCK_DV": max(16, next_power_of_2(dv)),
         "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "CAPPED": softcap > 0,
     }  # fmt: skip
     return Problem(

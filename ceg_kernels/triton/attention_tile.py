@@ -39,28 +39,27 @@ def sequence(p_cu, b, length):
 
 
 @triton.jit
-def view(p_t, s_b, s_t, s_h, d_t, p_cu, b, h, first):
-    """The rows of one sequence and head, for `load_rows`. d_t: descriptor (B, H, T, D) or None."""
+def view(p_t, s_b, s_t, s_h, p_cu, b, h, first):
+    """Where the rows of one sequence and head lie: pointer, stride, place in a descriptor."""
     p_first = p_t + b * s_b + first * s_t + h * s_h
     o_b, o_h, o_t = tl.cast(b, tl.int32), tl.cast(h, tl.int32), tl.cast(first, tl.int32)
-    if p_cu is None:
-        return p_first, s_t, d_t, d_t, o_b, o_h, o_t
-    else:
-        # All packed sequences are sequence 0 of the descriptor, which knows no border between them.
-        return p_first, s_t, d_t, None, 0, o_h, o_t
+    if p_cu is not None:
+        o_b = 0  # all packed sequences are sequence 0 of a descriptor
+    return p_first, s_t, o_b, o_h, o_t
 
 
 @triton.jit
 def load_rows(
-    view, start, count, BOUNDED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    view, d_t, start, count, BOUNDED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows from `start` as they are stored: [ROWS, BLOCK], zeros beyond column D.
 
-    BOUNDED says that rows may lie at or beyond `count`: they are zeros too.
+    d_t: descriptor of the tensor as (B, H, T, D), or None. BOUNDED says that rows may lie at or
+    beyond `count`: they are zeros too. A descriptor sees to that by itself, but knows no border
+    between packed sequences.
     """
-    p_t, stride, d_whole, d_bounded, o_b, o_h, o_t = view
-    d_t = d_bounded if BOUNDED else d_whole
+    p_t, stride, o_b, o_h, o_t = view
     if d_t is None:
         # The sum of a start and an offset inside the block is one of pointers, not of tensors.
         o_row, o_col = tl.arange(0, ROWS), tl.arange(0, BLOCK)

@@ -105,7 +105,9 @@ def report(
                 yield describe(built, target, family, case)
 
 
-def _launches(target: Target, families: Iterable[str]) -> Iterator[tuple[str, str, Launch]]:
+def _launches(
+    target: Target, families: Iterable[str] = FAMILIES
+) -> Iterator[tuple[str, str, Launch]]:
     for family in families:
         for case, call in importlib.import_module(f"ceg_kernels.triton.{family}").compiled():
             with record(target.gpu) as launches:

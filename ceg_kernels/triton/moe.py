@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import cdiv, gpu_of, launch, next_power_of_2, unit_stride
 
 
 @triton.jit
@@ -117,8 +117,8 @@ UNROLL = 4  # choices whose rows are in flight at once
 
 def _tile(size: int, top_k: int) -> tuple[int, int]:
     """Tokens and columns of a program. Not yet measured on any GPU."""
-    block = min(triton.next_power_of_2(max(size, 1)), PER_THREAD * THREADS)
-    return max(1, PER_THREAD * THREADS // max(block, triton.next_power_of_2(top_k))), block
+    block = min(next_power_of_2(max(size, 1)), PER_THREAD * THREADS)
+    return max(1, PER_THREAD * THREADS // max(block, next_power_of_2(top_k))), block
 
 
 def _check(slots, sources, rows):
@@ -134,7 +134,7 @@ def dispatch(x, sources, slots):
     out = x.new_empty((n * top_k, x.shape[1]))
     rows, block = _tile(x.shape[1], top_k)
     launch(
-        moe_dispatch_kernel, (triton.cdiv(n, rows), triton.cdiv(x.shape[1], block)),
+        moe_dispatch_kernel, (cdiv(n, rows), cdiv(x.shape[1], block)),
         x, slots.contiguous(), sources.contiguous(), out, n, n * top_k, x.stride(0),
         D=x.shape[1], K=top_k, ROWS=rows, BLOCK=block, UNROLL=min(UNROLL, top_k),
         warps=THREADS // gpu_of(x).warp,
@@ -149,7 +149,7 @@ def combine(y, slots, sources, weights):
     out = y.new_empty((n, y.shape[1]))
     rows, block = _tile(y.shape[1], top_k)
     launch(
-        moe_combine_kernel, (triton.cdiv(n, rows), triton.cdiv(y.shape[1], block)),
+        moe_combine_kernel, (cdiv(n, rows), cdiv(y.shape[1], block)),
         y, slots.contiguous(), None if weights is None else weights.contiguous(), out, n,
         y.shape[0], y.stride(0), D=y.shape[1], K=top_k, ROWS=rows, BLOCK=block,
         UNROLL=min(UNROLL, top_k), warps=THREADS // gpu_of(y).warp,
@@ -164,10 +164,10 @@ def combine_backward(dout, y, slots, sources, weights):
     dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape)
     rows, block = _tile(y.shape[1], top_k)
     launch(
-        moe_combine_bwd_kernel, (triton.cdiv(n, rows),),
+        moe_combine_bwd_kernel, (cdiv(n, rows),),
         dout, y, slots.contiguous(), sources.contiguous(), weights.contiguous(), dy, dweights, n,
         y.shape[0], dout.stride(0), y.stride(0), D=y.shape[1], K=top_k, ROWS=rows, BLOCK=block,
-        CHOSEN=triton.next_power_of_2(top_k), UNROLL=min(UNROLL, top_k),
+        CHOSEN=next_power_of_2(top_k), UNROLL=min(UNROLL, top_k),
         warps=THREADS // gpu_of(y).warp,
     )  # fmt: skip
     return dy, dweights

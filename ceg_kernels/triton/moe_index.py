@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import gpu_of, launch
+from ceg_kernels.triton.launch import cdiv, gpu_of, launch, next_power_of_2
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def moe_index(expert_ids, num_experts, capacity):
     ids = expert_ids.contiguous()
     slots, sources = ids.new_empty(ids.shape), ids.new_empty(n)
     offsets = ids.new_empty(num_experts + 1)
-    chunk = max(1, triton.cdiv(n, STEP * MOST_CHUNKS)) * STEP
-    chunks = max(1, triton.cdiv(n, chunk))
-    bins = triton.next_power_of_2(num_experts)
+    chunk = max(1, cdiv(n, STEP * MOST_CHUNKS)) * STEP
+    chunks = max(1, cdiv(n, chunk))
+    bins = next_power_of_2(num_experts)
     table = ids.new_empty((chunks + 1, bins), dtype=torch.int32)
     warp = gpu_of(ids).warp
     warps = (512 if bins > WIDE else 128) // warp
@@ -113,8 +113,8 @@ def moe_index(expert_ids, num_experts, capacity):
         ids, table, n, chunk, E=num_experts, BINS=bins, STEP=STEP, warps=warps,
     )  # fmt: skip
     launch(
-        moe_index_scan_kernel, (triton.cdiv(bins, COLUMNS),),
-        table, chunks, BINS=bins, CHUNKS=triton.next_power_of_2(chunks), COLUMNS=COLUMNS,
+        moe_index_scan_kernel, (cdiv(bins, COLUMNS),),
+        table, chunks, BINS=bins, CHUNKS=next_power_of_2(chunks), COLUMNS=COLUMNS,
         warps=256 // warp,
     )  # fmt: skip
     launch(

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import Gpu, gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import Gpu, cdiv, gpu_of, launch, next_power_of_2, unit_stride
 
 
 @triton.jit
@@ -197,10 +197,10 @@ LEAST_THREADS, MOST_THREADS = 128, 1024
 
 def _tile(experts: int, top_k: int, gpu: Gpu) -> dict[str, int]:
     """Tokens, experts and choices of a tile. Not yet measured on any GPU."""
-    block = triton.next_power_of_2(experts)
+    block = next_power_of_2(experts)
     threads = min(max(block // PER_THREAD, LEAST_THREADS), MOST_THREADS)
     rows = max(1, threads * PER_THREAD // block)
-    chosen = triton.next_power_of_2(top_k)
+    chosen = next_power_of_2(top_k)
     return {"ROWS": rows, "BLOCK": block, "CHOSEN": chosen, "warps": threads // gpu.warp}
 
 
@@ -213,7 +213,7 @@ def forward(logits, bias, top_k, score, renormalize):
     counts = logits.new_zeros(experts, dtype=torch.int32)
     tile = _tile(experts, top_k, gpu_of(logits))
     launch(
-        moe_route_kernel, (triton.cdiv(n, tile["ROWS"]),),
+        moe_route_kernel, (cdiv(n, tile["ROWS"]),),
         logits, None if bias is None else bias.contiguous(), weights, ids, counts, n,
         logits.stride(0), E=experts, K=top_k, SOFTMAX=score == "softmax", RENORMALIZE=renormalize,
         **tile,
@@ -227,7 +227,7 @@ def backward(dweights, logits, expert_ids, score, renormalize):
     dlogits = logits.new_empty(logits.shape)
     tile = _tile(logits.shape[1], top_k, gpu_of(logits))
     launch(
-        moe_route_bwd_kernel, (triton.cdiv(n, tile["ROWS"]),),
+        moe_route_bwd_kernel, (cdiv(n, tile["ROWS"]),),
         dweights.contiguous(), logits, expert_ids.contiguous(), dlogits, n, logits.stride(0),
         E=logits.shape[1], K=top_k, SOFTMAX=score == "softmax", RENORMALIZE=renormalize, **tile,
     )  # fmt: skip
