@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments, moe_index
 from ceg_kernels.ops.moe_route import Routing, moe_route
@@ -210,9 +210,14 @@ def backward_combine(ctx, dout):
     return dy, None, None, dweights
 
 
-def _backends(cpu, stock):
-    # Stock torch moves tokens with the same indexing and sums as the reference.
-    return (*native.cpu_backends(cpu), Backend("torch", stock), Backend("reference", stock))
+def _backends(cpu, launcher, stock):
+    return (
+        *native.cpu_backends(cpu),
+        Backend("triton", triton.launcher("moe", launcher), triton.why_not, automatic=False),
+        # Stock torch moves tokens with the same indexing and sums as the reference.
+        Backend("torch", stock),
+        Backend("reference", stock),
+    )
 
 
 MOE_DISPATCH = Op(
@@ -223,7 +228,7 @@ MOE_DISPATCH = Op(
     cost=cost_dispatch,
     samples=samples_dispatch,
     shapes={name: shape["dispatch"] for name, shape in _SHAPES.items()},
-    backends=_backends(run_cpu_dispatch, reference_dispatch),
+    backends=_backends(run_cpu_dispatch, "dispatch", reference_dispatch),
     error_inputs=error_inputs_dispatch,
     save=save_dispatch,
     backward=backward_dispatch,
@@ -237,7 +242,7 @@ MOE_COMBINE = Op(
     cost=cost_combine,
     samples=samples_combine,
     shapes={name: shape["combine"] for name, shape in _SHAPES.items()},
-    backends=_backends(run_cpu_combine, reference_combine),
+    backends=_backends(run_cpu_combine, "combine", reference_combine),
     error_inputs=error_inputs_combine,
     save=save_combine,
     backward=backward_combine,
@@ -252,7 +257,7 @@ MOE_COMBINE_BACKWARD = Op(
     cost=cost_combine_backward,
     samples=samples_combine_backward,
     shapes={name: shape["combine_backward"] for name, shape in _SHAPES.items()},
-    backends=_backends(run_cpu_combine_backward, reference_combine_backward),
+    backends=_backends(run_cpu_combine_backward, "combine_backward", reference_combine_backward),
     fp32_reductions=(1,),
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, Op, Sample, Shape
 from ceg_kernels.ops.moe_route import check_expert_ids, count_tokens
 
@@ -85,6 +85,18 @@ def run_cpu(expert_ids, num_experts, capacity, *, isa=""):
     return slots, sources, offsets
 
 
+launch_triton = triton.launcher("moe_index", "moe_index")
+
+
+def run_triton(expert_ids, num_experts, capacity):
+    check_expert_ids(expert_ids, num_experts)
+    return launch_triton(expert_ids, num_experts, capacity)
+
+
+def why_not_triton(expert_ids, num_experts, capacity):
+    return triton.why_not_experts(num_experts, expert_ids)
+
+
 def fake(expert_ids, num_experts, capacity):
     slots = expert_ids.new_empty(expert_ids.shape)
     return slots, slots.new_empty(slots.numel()), slots.new_empty(num_experts + 1)
@@ -105,6 +117,7 @@ MOE_INDEX = Op(
     # The reference is what stock torch offers: a stable sort and index arithmetic.
     backends=(
         *native.cpu_backends(run_cpu),
+        Backend("triton", run_triton, why_not_triton, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),
     ),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments
 
@@ -164,6 +164,14 @@ def run_cpu_backward(dweights, logits, expert_ids, score, renormalize, *, isa=""
     return dlogits
 
 
+def why_not_triton(logits, *rest):
+    return triton.why_not_experts(logits.shape[1], logits, *rest)
+
+
+def why_not_triton_backward(dweights, logits, *rest):
+    return triton.why_not_experts(logits.shape[1], logits, dweights, *rest)
+
+
 def fake(logits, bias, top_k, score, renormalize):
     n, e = logits.shape
     weights = logits.new_empty((n, top_k), dtype=native.math_dtype(logits.dtype))
@@ -227,6 +235,7 @@ MOE_ROUTE = Op(
     # torch.topk breaks ties as it likes, so stock torch's honest equivalent is the stable sort.
     backends=(
         *native.cpu_backends(run_cpu),
+        Backend("triton", triton.launcher("moe_route", "forward"), why_not_triton, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),
     ),
@@ -246,6 +255,12 @@ MOE_ROUTE_BACKWARD = Op(
     shapes={name: _shape_backward(shape) for name, shape in SHAPES.items()},
     backends=(
         *native.cpu_backends(run_cpu_backward),
+        Backend(
+            "triton",
+            triton.launcher("moe_route", "backward"),
+            why_not_triton_backward,
+            automatic=False,
+        ),
         Backend("torch", reference_backward),
         Backend("reference", reference_backward),
     ),
