@@ -20,6 +20,7 @@ from ceg_kernels.measure import (
     run_case,
     time_interleaved,
 )
+from ceg_kernels.measure.steps import render as render_steps
 from ceg_kernels.measure.suite import PEERS
 from ceg_kernels.measure.table import render, roofs_lines
 from ceg_kernels.op import Cost
@@ -91,9 +92,12 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 def report(request: pytest.FixtureRequest):
     """Times calls that are no single op, interleaved; their rows join the table and the results."""
 
-    def add(op: str, direction: str, shape: str, dtype: torch.dtype, calls, cost: Cost) -> None:
+    def add(
+        op: str, direction: str, shape: str, dtype: torch.dtype, calls, cost: Cost, max_s: float
+    ) -> dict[str, dict]:
         memory.keep_freed()
-        timings = time_interleaved(calls, min_time_s=0.5, max_time_s=20.0)
+        rows = {}
+        timings = time_interleaved(calls, min_time_s=0.5, max_time_s=max_s)
         for name, timing in timings.items():
             row = bench_row(
                 op=op, direction=direction, backend=name, peer=name if name in PEERS else None,
@@ -101,6 +105,8 @@ def report(request: pytest.FixtureRequest):
                 roofs=roofs_of(request.config), timing=timing, reference=timings.get("reference"),
             )  # fmt: skip
             request.config.stash[ROWS].append(row)
+            rows[name] = row
+        return rows
 
     return add
 
@@ -128,6 +134,9 @@ def pytest_terminal_summary(
     terminalreporter.write_line("\n".join(roofs_lines(roofs)))
     terminalreporter.section("benchmarks")
     console.print(render(rows))
+    if (steps := render_steps(rows)) is not None:
+        terminalreporter.section("training steps")
+        console.print(steps)
     if (target := config.getoption("--results")) is not None:
         path = results_path(Path(target), roofs)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -37,6 +38,8 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
 
 def run_bench(parsed: argparse.Namespace) -> int:
     """Run the benchmarks in a process of their own; returns pytest's exit status."""
+    if parsed.arguments[:1] == ["compare"]:
+        return run_compare(_compare_parser().parse_args(parsed.arguments[1:]))
     known, rest = _parser().parse_known_args(parsed.arguments)
     if not BENCH.is_dir():
         raise FileNotFoundError(
@@ -51,6 +54,18 @@ def run_bench(parsed: argparse.Namespace) -> int:
     if known.results:  # as seen from where the user stands
         command.append(f"--results={Path(known.results).resolve()}")
     return subprocess.run(command, cwd=BENCH.parent, check=False).returncode
+
+
+def run_compare(parsed: argparse.Namespace) -> int:
+    """Print what changed between two runs; with --fail, 1 where a row of ours became slower."""
+    from ceg_kernels.measure import compare
+
+    found = compare.compare(compare.read(parsed.before), compare.read(parsed.after))
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print("\n".join(compare.lines(found)))
+    return int(parsed.fail and any(change.verdict == "slower" for change in found.changes))
 
 
 def run_roofline(parsed: argparse.Namespace) -> int:
@@ -95,12 +110,26 @@ def newest_rows(results: Path) -> dict[str, list[dict[str, Any]]]:
     return {machine: list(found.values()) for machine, found in rows.items()}
 
 
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ceg bench compare",
+        description="Ratios of two runs on one machine with 95 % intervals, and a verdict on each: "
+        "what the peers' rows moved by is the machine's doing and is taken out.",
+    )
+    parser.add_argument("before", type=Path, help="JSON of --benchmark-json (or ceg bench --json)")
+    parser.add_argument("after", type=Path, help="the same of another run; --results' rows will do")
+    parser.add_argument("--fail", action="store_true", help="exit 1 where one became slower")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ceg bench",
         allow_abbrev=False,
         description="The same as `pytest bench/ --benchmark`; all other arguments go to pytest, "
-        "for example --shapes gpt2, --dtypes bfloat16, --peers eager,compile, -k attention.",
+        "for example --shapes gpt2, --dtypes bfloat16, --peers eager,compile, -k attention. "
+        "`ceg bench compare A B` compares two runs.",
     )
     parser.add_argument("--json", metavar="PATH", help="write pytest-benchmark's JSON there")
     parser.add_argument(

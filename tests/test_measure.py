@@ -124,11 +124,19 @@ def test_short_calls_are_looped_and_ratios_hold(one_thread):
     assert_close_to_one(ratio)
 
 
+def test_hot_is_the_first_variant_alone():
+    slow, fast = (lambda: time.sleep(4e-3)), (lambda: time.sleep(1e-3))
+    timing = time_interleaved({"work": [fast, slow, slow]}, min_time_s=0.04)["work"]
+    assert timing.hot_s < 0.7 * timing.median_s
+    assert time_interleaved({"work": slow}, min_time_s=0.01)["work"].hot_s is None
+
+
 def test_variants_take_turns():
     seen = []
     calls = [lambda: seen.append("a"), lambda: seen.append("b")]
     time_interleaved({"both": calls}, min_time_s=0.01)
-    assert abs(seen.count("a") - seen.count("b")) <= 0.02 * len(seen)
+    cold = seen[: len(seen) - seen[::-1].index("b")]  # what follows is the first variant, hot
+    assert abs(cold.count("a") - cold.count("b")) <= 0.02 * len(cold)
 
 
 def test_peers_are_interleaved():

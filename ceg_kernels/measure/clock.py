@@ -36,7 +36,7 @@ class Timing:
 
     samples: tuple[float, ...]
     call_s: float | None = None  # what the Python caller waits for one call, where measured
-    hot_s: float | None = None  # CUDA: median without the L2 flush
+    hot_s: float | None = None  # median without the flush, or on one variant; None if there is one
 
     @property
     def rounds(self) -> int:
@@ -124,6 +124,7 @@ class _CpuSampler:
         self.calls = calls
         for call in calls:  # warm-up: first touch of the memory, lazy initialisation
             call()
+        self.next = 0
         self.inner = 1
         self.call_s = self._elapsed()  # a single call says how long a round may be
         self.inner = max(1, math.ceil(MIN_SAMPLE_S / max(self.call_s, 1e-9)))
@@ -138,12 +139,16 @@ class _CpuSampler:
         return self._elapsed() / self.inner
 
     def hot(self) -> float | None:
-        return None
+        if len(self.calls) == 1:
+            return None
+        return quantile([self._elapsed(self.calls[:1]) / self.inner for _ in range(3)], 0.5)
 
-    def _elapsed(self) -> float:
-        # The variants go round within one sample, and every sample starts at the first.
-        calls, count = self.calls, len(self.calls)
-        schedule = [calls[i % count] for i in range(self.inner)]
+    def _elapsed(self, calls: Sequence[Call] | None = None) -> float:
+        # The variants go on turning from sample to sample: a call that fills one by itself would
+        # else always meet the first.
+        calls = self.calls if calls is None else calls
+        first, self.next = self.next, (self.next + self.inner) % len(calls)
+        schedule = [calls[(first + i) % len(calls)] for i in range(self.inner)]
         start = time.perf_counter()
         for call in schedule:
             call()

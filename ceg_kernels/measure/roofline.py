@@ -21,9 +21,9 @@ from ceg_kernels.op import Cost
 # `status` is "ok", or "ok: ..." with what the reader must know, or why there is no time.
 ROW_KEYS = (
     "op", "direction", "backend", "peer", "shape", "dtype", "device", "status",
-    "median_s", "p20_s", "p80_s", "call_s", "flops", "bytes", "gflops", "gbytes_per_s",
-    "intensity", "bound", "roof_fraction", "speedup_vs_reference", "max_error_over_slack",
-    "versions", "commit",
+    "median_s", "p20_s", "p80_s", "hot_s", "rounds", "call_s", "flops", "bytes", "gflops",
+    "gbytes_per_s", "intensity", "bound", "roof_fraction", "speedup_vs_reference",
+    "max_error_over_slack", "versions", "commit",
 )  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def bench_row(
         return row
     seconds = timing.median_s
     row.update(
-        median_s=seconds, p20_s=timing.p20_s, p80_s=timing.p80_s, call_s=timing.call_s,
+        median_s=seconds, p20_s=timing.p20_s, p80_s=timing.p80_s, hot_s=timing.hot_s,
+        rounds=timing.rounds, call_s=timing.call_s,
         gflops=cost.flops / seconds / 1e9, gbytes_per_s=cost.bytes / seconds / 1e9,
         roof_fraction=least[0] / seconds if least is not None else None,
         speedup_vs_reference=reference.median_s / seconds if reference is not None else None,

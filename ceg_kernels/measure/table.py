@@ -50,7 +50,7 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", row_styles=("", "dim"))
     for name, right in (
         ("op", False), ("dir", False), ("shape", False), ("dtype", False), ("backend", False),
-        ("median", True), ("p20 p80", True), ("rate", True), ("% of roof", True),
+        ("median", True), ("p20 p80", True), ("hot", True), ("rate", True), ("% of roof", True),
         ("bound", False), ("error", True), *((f"vs {peer}", True) for peer in peers), ("", False),
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left", no_wrap=bool(name))
@@ -63,7 +63,7 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
         fraction = row["roof_fraction"]
         table.add_row(
             row["op"], row["direction"], row["shape"], row["dtype"], row["backend"],
-            seconds(row["median_s"]), spread(row), rate(row),
+            seconds(row["median_s"]), spread(row), seconds(row.get("hot_s")), rate(row),
             "" if fraction is None else f"{fraction:.0%}", row["bound"] or "unknown",
             _number(row["max_error_over_slack"]),
             *(_ratio(times.get((*case(row), peer)), row["median_s"]) for peer in peers),

@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ceg_kernels import triton as ours
+from ceg_kernels.triton import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # The interpreter multiplies the bits of bf16 as integers. In fp32 the products are the same.
-WIDEN = tl.constexpr(ours.INTERPRETED)
+WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit

@@ -1,10 +1,9 @@
-"""Ops as they are used: a mixture's routing from end to end, and a training step of a small GPT.
+"""Ops as they are used: a mixture's routing from end to end.
 
-    pytest bench/bench_together.py --benchmark --peers torch,reference,eager
+    pytest bench/bench_moe_chain.py --benchmark --peers torch,reference,eager
 
 The rows of single ops say what a kernel does; these say what is left of it in use. A chain costs
-the sum of what its ops declare. In the training step "cpu" is ours with the dispatcher around it
-and "torch" stock torch: the same model, parameters and data, with the kernels off.
+the sum of what its ops declare.
 """
 
 from __future__ import annotations
@@ -16,20 +15,12 @@ from ceg_kernels import moe_combine, moe_dispatch, moe_route, use_backend
 from ceg_kernels.measure import peers
 from ceg_kernels.measure.suite import STOCK
 from ceg_kernels.op import OPS, Cost
-from ceg_model.config import GPTConfig
-from ceg_model.flops import model_flops
-from ceg_model.gpt import build_model
 
 CHAIN = ("moe_route", "moe_index", "moe_dispatch", "moe_combine")
 MOE_SHAPES = {  # tokens, experts, top_k, D
     "quick-n2048-e16-k2-d512": (2048, 16, 2, 512),
     "moe-n4096-e128-k8-d2048": (4096, 128, 8, 2048),
 }
-# 10M parameters beside the embedding, and every kernel of ours but the mixture's
-STEP = GPTConfig(
-    n_layer=6, d_model=384, n_head=6, seq_len=512, norm="rms_norm", position="rope", mlp="swiglu"
-)
-BATCH = 4
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -91,39 +82,5 @@ def test_moe(shape, dtype, benchmark, report, request):
         torch.testing.assert_close(
             call().double(), want, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
-    report("moe_chain", "fwd", shape, dtype, calls, moe_cost(x, logits, top_k))
+    report("moe_chain", "fwd", shape, dtype, calls, moe_cost(x, logits, top_k), 20.0)
     benchmark.pedantic(ours, rounds=3)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_training_step(dtype, benchmark, report):
-    """Forward, backward and AdamW; bfloat16 is autocast's, with fp32 parameters."""
-    tokens = torch.randint(STEP.vocab_size, (BATCH, STEP.seq_len + 1))
-    losses = {}
-
-    def step_of(name: str):
-        model = build_model(STEP, seed=0)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def step():
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                _, loss = model(tokens[:, :-1], tokens[:, 1:])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.setdefault(name, float(loss.detach()))
-
-        return with_backend(name, step)
-
-    names = ("cpu",) if benchmark.disabled else ("cpu", "torch", "reference")
-    calls = {name: step_of(name) for name in names}
-    if benchmark.disabled:
-        benchmark.pedantic(calls["cpu"])
-        return
-    for call in calls.values():
-        call()
-    assert max(losses.values()) - min(losses.values()) < (1e-4 if dtype == torch.float32 else 1e-2)
-    flops = model_flops(STEP, batch=BATCH).total
-    shape = f"d{STEP.d_model}-l{STEP.n_layer}-t{STEP.seq_len}-b{BATCH}"
-    report("gpt_step", "fwd_bwd", shape, dtype, calls, Cost(flops, 0))
-    benchmark.pedantic(calls["cpu"], rounds=3)
