@@ -20,6 +20,7 @@ from ceg_kernels.measure import (
     run_case,
     time_interleaved,
 )
+from ceg_kernels.measure.ceilings import gpu_state
 from ceg_kernels.measure.steps import render as render_steps
 from ceg_kernels.measure.suite import PEERS
 from ceg_kernels.measure.table import render, roofs_lines
@@ -116,6 +117,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["ceg"] = {
         "device": roofs.device_name, "threads": roofs.threads, "flops": roofs.flops,
         "copy_bytes_per_s": roofs.copy_bytes_per_s, "versions": roofs.versions,
+        "gpu": gpu_state(),
     }  # fmt: skip
 
 

@@ -201,6 +201,23 @@ def test_roofs_of_this_machine():
     assert f"({roofs.copy_source})" in "\n".join(roofs_lines(roofs))
 
 
+def test_the_gpus_state_is_nvidia_smis(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'test "$2" = --format=csv,noheader || exit 2\n'
+        "echo '580.1, 1980 MHz, 3201 MHz, 1980 MHz, 41'\n"
+        "echo '580.1, 345 MHz, 3201 MHz, 1980 MHz, 30'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = ceilings.gpu_state()
+    assert found["driver_version"] == "580.1; 580.1"
+    assert found["clocks.sm"] == "1980 MHz; 345 MHz"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert ceilings.gpu_state() is None
+
+
 def test_roofs_are_cached(own_cache, made_up):
     first = measure()
     assert measure() == first

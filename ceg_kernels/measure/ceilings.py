@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import tempfile
 import time
 import warnings
@@ -238,6 +239,22 @@ def _versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Driver, clocks and temperature of the GPUs as nvidia-smi has them now; None without it."""
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
+    return {
+        name: "; ".join(values) for name, values in zip(asked, zip(*rows, strict=True), strict=True)
+    }
 
 
 def _load(path: Path, seconds: float) -> Roofs | None:
