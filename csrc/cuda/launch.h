@@ -1,0 +1,56 @@
+// Kernel launches, on a GPU and in the simulator alike. Failures are exceptions that name the
+// kernel, its grid and the reason.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "../tensor.h"
+#include "gpu.h"
+
+namespace ceg {
+
+#ifdef CEG_CUDA_SIM
+constexpr int kLaunchDevice = kCpu;  // where a launcher's arrays have to be
+#else
+constexpr int kLaunchDevice = kCuda;
+#endif
+
+struct Launch {
+  const char* name;  // of the kernel
+  dim3 grid, block;
+  size_t shared_bytes = 0;  // dynamic
+  uintptr_t stream = 0;     // a cudaStream_t, of the current device
+};
+
+// Of the current device.
+int multiprocessors();
+size_t shared_memory_limit();  // bytes that a block may ask for
+
+#ifndef CEG_CUDA_SIM
+void check_launch(const Launch& at, const void* kernel, cudaError_t status);
+// Above 48 KiB a kernel has to be allowed its shared memory first.
+void allow_shared_memory(const Launch& at, const void* kernel);
+#endif
+
+// kernel<<<grid, block>>>(arguments...); an empty grid launches nothing.
+template <class... Parameters, class... Arguments>
+void launch(const Launch& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
+#ifdef CEG_CUDA_SIM
+  const std::tuple<std::remove_cv_t<Parameters>...> given(std::forward<Arguments>(arguments)...);
+  sim::run_grid(at.name, at.grid, at.block, at.shared_bytes, [&] { std::apply(kernel, given); });
+#else
+  const void* address = reinterpret_cast<const void*>(kernel);
+  allow_shared_memory(at, address);
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(at.stream);
+  check_launch(at, address,
+               cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+#endif
+}
+
+}  // namespace ceg
