@@ -37,6 +37,8 @@ int multiprocessors();
 size_t shared_memory_limit();  // bytes that a block may ask for
 
 #ifndef CEG_CUDA_SIM
+void check_call(cudaError_t status, const char* call);
+int device_attribute(cudaDeviceAttr which);  // of the current device
 void check_launch(const Launch& at, const void* kernel, cudaError_t status);
 // Above 48 KiB a kernel has to be allowed its shared memory first.
 void allow_shared_memory(const Launch& at, const void* kernel);
