@@ -67,7 +67,7 @@ def _run(command: list[str], **environment: str) -> None:
 
 @functools.cache
 def load(name: str = "_sim") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, build(name))
+    spec = importlib.util.spec_from_file_location("_sim", build(name))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

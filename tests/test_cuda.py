@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import as_tuple, compare, error_over_slack
+from torch.library import opcheck
 
 import ceg_kernels
 from ceg_kernels import OPS, explain, native, rope_table, use_backend
@@ -139,6 +140,20 @@ def test_the_gradient_goes_through_the_kernels(as_cuda):
 
 
 @needs_simulator
+@pytest.mark.parametrize("op", ON_CUDA, ids=lambda op: op.name)
+def test_opcheck_and_what_the_fakes_promise(as_cuda, op):
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    for sample in list(op.samples(torch.float32, "cpu"))[::4]:
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]
+        with use_backend("cuda"):
+            result = opcheck(op.overload, sample.args, test_utils=tests, raise_exception=False)
+            outs = as_tuple(op(*sample.args))
+        assert set(result.values()) == {"SUCCESS"}, (sample.name, result)
+        for out, fake in zip(outs, as_tuple(op.fake(*meta)), strict=True):
+            assert (out.shape, out.dtype) == (fake.shape, fake.dtype), sample.name
+
+
+@needs_simulator
 @pytest.mark.parametrize(("kind", "index"), [(2, 0), (2, 1), (7, 3)])
 def test_arrays_on_another_device_are_refused(module, kind, index):
     x = torch.zeros(2, 8)
@@ -242,8 +257,28 @@ def test_what_is_validated_names_ops_that_are_there():
             assert {"gpu", "commit"} <= set(record)
 
 
-@pytest.mark.skipif(not hasattr(native._C, "cuda"), reason="built without CUDA")
+with_cuda = pytest.mark.skipif(not hasattr(native._C, "cuda"), reason="built without CUDA")
+
+
+@with_cuda
 def test_the_real_launchers_refuse_arrays_that_are_not_on_a_gpu():
-    x = np.zeros((2, 8), np.float32)
+    x, rstd = np.zeros((2, 8), np.float32), np.zeros(2, np.float32)
     with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
-        native._C.cuda.rms_norm_fwd(x, None, None, x, None, np.zeros(2, np.float32), 1e-6)
+        native._C.cuda.rms_norm_fwd(x, None, None, x, None, rstd, 1e-6)
+    with pytest.raises(ValueError, match="h must be on a GPU, got cpu"):
+        native._C.cuda.rms_norm_bwd(x, None, x, None, rstd, x, None, None)
+    q, table = np.zeros((1, 2, 1, 8), np.float32), np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match="q must be on a GPU, got cpu"):
+        native._C.cuda.rope(q, None, table, table, None, q, None)
+
+
+@with_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_driver_s_reason_is_the_error():
+    x, rstd = (cuda_sim.Elsewhere(torch.zeros(*size), 2, 0) for size in ((2, 8), (2,)))
+    for call in (
+        lambda: native._C.cuda.rms_norm_fwd(x, None, None, x, None, rstd, 1e-6),
+        native._C.cuda.kernel_attributes,
+    ):
+        with pytest.raises(RuntimeError, match="^[a-zA-Z_0-9 ]+: .*(driver|device)"):
+            call()

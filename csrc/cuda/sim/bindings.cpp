@@ -1,4 +1,5 @@
-// The module _sim: the CUDA launchers of _C, run by the simulator on arrays of the CPU.
+// The module _sim, with AddressSanitizer in the file _sim_asan: the CUDA launchers of _C, run by the
+// simulator on arrays of the CPU.
 #include "../bindings.h"
 
 #include "block.h"
@@ -23,7 +24,7 @@ void set_device(int multiprocessors, size_t shared_limit, const std::string& ord
 
 }  // namespace
 
-PYBIND11_MODULE(CEG_MODULE, m) {
+PYBIND11_MODULE(_sim, m) {
   const ceg::sim::Device standard;
   m.def("set_device", set_device, arg("multiprocessors") = standard.multiprocessors,
         arg("shared_limit") = standard.shared_limit, arg("order") = "forward");
