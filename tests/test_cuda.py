@@ -280,5 +280,5 @@ def test_without_a_gpu_the_driver_s_reason_is_the_error():
         lambda: native._C.cuda.rms_norm_fwd(x, None, None, x, None, rstd, 1e-6),
         native._C.cuda.kernel_attributes,
     ):
-        with pytest.raises(RuntimeError, match="CUDA driver|CUDA-capable device"):
+        with pytest.raises(RuntimeError, match=r"CUDA driver|CUDA-capable device"):
             call()
