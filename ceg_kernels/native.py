@@ -97,8 +97,8 @@ class Cpu:
         """A small parameter beside data of this dtype, as the kernels take it."""
         return as_math(t, dtype)
 
-    def workspace(self, name: str, t: torch.Tensor, wanted: bool) -> tuple:
-        """What the launcher `name` takes, beyond its outputs, for sums over the rows of t."""
+    def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
+        """What the launcher `name` takes beyond its outputs for partial sums over t."""
         return ()
 
 
@@ -117,11 +117,9 @@ class Cuda:
         # The kernels widen it themselves, which saves a launch.
         return None if t is None else dense(t)
 
-    def workspace(self, name: str, t: torch.Tensor, wanted: bool) -> tuple:
-        if not wanted:
-            return (None,)
-        rows = getattr(self._launchers(), f"{name}_partials")(t)
-        return (t.new_empty(rows, t.shape[-1], dtype=torch.float32),)
+    def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
+        rows = getattr(self._launchers(), f"{name}_rows")(t)
+        return (t.new_empty(rows, columns, dtype=dtype),)
 
     def _launchers(self) -> Any:
         return _C.cuda if self.module is None else self.module

@@ -6,9 +6,6 @@ which a GPU runs blocks at the same time. The grid runs with threads in forward 
 reverse: outputs with other bits mean that some thread reads what another has yet to write.
 """
 
-import dataclasses
-from functools import partial
-
 import cuda_sim
 import numpy as np
 import pytest
@@ -23,27 +20,7 @@ from ceg_kernels.ops import arguments
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ON_CUDA = [op for op in OPS.values() if "cuda" in [b.name for b in op.backends]]
 
-needs_simulator = pytest.mark.skipif(cuda_sim.missing() is not None, reason=str(cuda_sim.missing()))
-
-
-@pytest.fixture(scope="session")
-def module():
-    return cuda_sim.load()
-
-
-@pytest.fixture
-def sim(module):
-    """`backend(op)`: its cuda backend, run by the simulator."""
-    yield partial(simulated, module)
-    module.set_device()
-
-
-def simulated(module, op):
-    backend = OPS[op].backend("cuda")
-    run = partial(backend.run.func, launch=native.Cuda(module))
-    return dataclasses.replace(
-        backend, run=run, why_not=lambda *args: None, unproven=lambda *args: None
-    )
+needs_simulator = cuda_sim.needed
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_rows_move_in_vectors_of_16_bytes():
     wide = {
         u.symbol
         for u in shipped()
-        if re.search(r"(fwd|bwd|rope)_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8)E", u.symbol)
+        if re.search(r"_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8|5uint4)E", u.symbol)
     }
     assert len(wide) > 10
     names = ",".join(sorted(wide))

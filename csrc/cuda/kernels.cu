@@ -31,6 +31,9 @@ KernelAttributes attributes_of(const Kernel& kernel) {
 
 std::vector<KernelAttributes> kernel_attributes() {
   Kernels kernels;
+  list_moe(kernels);
+  list_moe_index(kernels);
+  list_moe_route(kernels);
   list_rms_norm_fwd(kernels);
   list_rms_norm_bwd(kernels);
   list_rope(kernels);

@@ -23,6 +23,9 @@ void add(Kernels& kernels, const char* kernel, const std::string& type, int vect
 }
 
 // Each adds those of its op.
+void list_moe(Kernels& kernels);
+void list_moe_index(Kernels& kernels);
+void list_moe_route(Kernels& kernels);
 void list_rms_norm_fwd(Kernels& kernels);
 void list_rms_norm_bwd(Kernels& kernels);
 void list_rope(Kernels& kernels);

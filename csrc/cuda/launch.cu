@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
@@ -16,6 +17,8 @@ Device launch_device(const char* name, const Tensor& t) {
 
 OnDevice::OnDevice(const Device&) : before_(0) {}
 OnDevice::~OnDevice() = default;
+
+void clear(const char*, void* data, size_t bytes, uintptr_t) { std::memset(data, 0, bytes); }
 
 int multiprocessors() { return sim::device().multiprocessors; }
 size_t shared_memory_limit() { return sim::device().shared_limit; }
@@ -47,6 +50,10 @@ OnDevice::OnDevice(const Device& device) : before_(device.index) {
 OnDevice::~OnDevice() {
   int now = before_;
   if (cudaGetDevice(&now) == cudaSuccess && now != before_) cudaSetDevice(before_);
+}
+
+void clear(const char* name, void* data, size_t bytes, uintptr_t stream) {
+  check_call(cudaMemsetAsync(data, 0, bytes, reinterpret_cast<cudaStream_t>(stream)), name);
 }
 
 int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }

@@ -32,6 +32,9 @@ class OnDevice {
   int before_;
 };
 
+// Zeros on the current device, in the order of the stream. `name` is for errors.
+void clear(const char* name, void* data, size_t bytes, uintptr_t stream);
+
 // Of the current device.
 int multiprocessors();
 size_t shared_memory_limit();  // bytes that a block may ask for

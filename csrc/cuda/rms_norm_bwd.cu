@@ -226,7 +226,7 @@ template <class T, int N, int kThreads, int kElements>
 constexpr Variant<Backward<T>> in_registers() {
   constexpr int kRows = kThreads == kWarp ? kRowsOfWarps : 1;
   static_assert(kThreads != kWarp || kThreads * kElements <= kWarpRow,
-                "rms_norm_bwd_partials counts groups of rows by their length");
+                "rms_norm_bwd_rows counts groups of rows by their length");
   return {kThreads * kElements, dim3(kThreads, kRows),
           rms_norm_bwd_kernel<T, N, kThreads, kElements, kRows>};
 }
@@ -298,7 +298,7 @@ int64_t row_stride(const std::optional<Tensor>& t) { return t ? t->stride[0] : 0
 
 }  // namespace
 
-int64_t rms_norm_bwd_partials(const Tensor& h) {
+int64_t rms_norm_bwd_rows(const Tensor& h) {
   check_shape("h", h, {-1, -1});
   const OnDevice guard(launch_device("h", h));
   const int64_t dim = h.shape[1], rows_each = dim <= kWarpRow ? kRowsOfWarps : 1;
@@ -317,9 +317,8 @@ void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tenso
   check_rstd(rstd, h);
   check_like("dx", dx, h);
   check_output("dx", dx, h.device);
-  CEG_CHECK(dweight.has_value() == partials.has_value(), "partials must come with dweight, got ",
-            dweight ? "dweight" : "partials", " alone");
-  const int64_t blocks = rms_norm_bwd_partials(h);
+  CEG_CHECK(partials || !dweight, "dweight needs partials, got None");
+  const int64_t blocks = rms_norm_bwd_rows(h);
   if (dweight) {
     CEG_CHECK(weight, "dweight needs weight, got None");
     check_weight("dweight", *dweight, h);
@@ -344,7 +343,7 @@ void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tenso
                         .weight = weight_of<T>(weight, weight_offset),
                         .rstd = rstd.ptr<float>(),
                         .dx = dx.ptr<T>(),
-                        .partials = partials ? partials->ptr<float>() : nullptr,
+                        .partials = dweight ? partials->ptr<float>() : nullptr,
                         .dy_stride = dy.stride[0],
                         .dh_stride = row_stride(dh),
                         .h_stride = h.stride[0],
