@@ -59,7 +59,7 @@ void clear(const char* name, void* data, size_t bytes, uintptr_t stream) {
 int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-void check_launch(const Launch& at, const void*, cudaError_t status) {
+void check_launch(const Launch& at, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would be blamed for it
   std::ostringstream text;
@@ -72,9 +72,8 @@ void check_launch(const Launch& at, const void*, cudaError_t status) {
 void allow_shared_memory(const Launch& at, const void* kernel) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (at.shared_bytes <= kWithoutAsking) return;
-  check_launch(at, kernel,
-               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(at.shared_bytes)));
+  check_launch(at, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(at.shared_bytes)));
 }
 
 #endif
