@@ -6,11 +6,14 @@ ready anew in each call of a device function, which takes most of its time.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import cuda_sim
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,20 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def module() -> Iterator[ModuleType]:
+    """The simulator of the CUDA kernels, with its standard device."""
+    loaded = cuda_sim.load()
+    yield loaded
+    loaded.set_device()
+
+
+@pytest.fixture
+def sim(module: ModuleType) -> Callable[[str], Any]:
+    """`sim(op)`: the op's backend `cuda`, run by the simulator."""
+    return functools.partial(cuda_sim.backend, module)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,68 @@
+// Kernel launches, on a GPU and in the simulator alike. Failures are exceptions that name the
+// kernel, its grid and the reason.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "../tensor.h"
+#include "gpu.h"
+
+namespace ceg {
+
+struct Launch {
+  const char* name;  // of the kernel
+  dim3 grid, block;
+  size_t shared_bytes = 0;  // dynamic
+  uintptr_t stream = 0;     // a cudaStream_t, of the current device
+};
+
+// Where the arrays beside `t` have to be; an error where that is not a GPU.
+Device launch_device(const char* name, const Tensor& t);
+
+// Makes a device the current one for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Device& device);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_;
+};
+
+// Zeros on the current device, in the order of the stream. `name` is for errors.
+void clear(const char* name, void* data, size_t bytes, uintptr_t stream);
+
+// Of the current device.
+int multiprocessors();
+size_t shared_memory_limit();  // bytes that a block may ask for
+
+#ifndef CEG_CUDA_SIM
+void check_call(cudaError_t status, const char* call);
+int device_attribute(cudaDeviceAttr which);  // of the current device
+void check_launch(const Launch& at, cudaError_t status);
+// Above 48 KiB a kernel has to be allowed its shared memory first.
+void allow_shared_memory(const Launch& at, const void* kernel);
+#endif
+
+// kernel<<<grid, block>>>(arguments...); an empty grid launches nothing.
+template <class... Parameters, class... Arguments>
+void launch(const Launch& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
+#ifdef CEG_CUDA_SIM
+  const std::tuple<std::remove_cv_t<Parameters>...> given(std::forward<Arguments>(arguments)...);
+  sim::run_grid(at.name, at.grid, at.block, at.shared_bytes, [&] { std::apply(kernel, given); });
+#else
+  allow_shared_memory(at, reinterpret_cast<const void*>(kernel));
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(at.stream);
+  check_launch(at, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+#endif
+}
+
+}  // namespace ceg
