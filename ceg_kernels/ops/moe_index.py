@@ -85,6 +85,10 @@ def run_native(expert_ids, num_experts, capacity, *, launch):
     return slots, sources, offsets
 
 
+def cuda_why_not(expert_ids, num_experts, capacity):
+    return native.cuda_why_not(expert_ids) or too_many_experts(num_experts)
+
+
 launch_triton = triton.launcher("moe_index", "moe_index")
 
 
@@ -95,10 +99,6 @@ def run_triton(expert_ids, num_experts, capacity):
 
 def why_not_triton(expert_ids, num_experts, capacity):
     return triton.why_not_experts(num_experts, expert_ids)
-
-
-def why_not_cuda(expert_ids, num_experts, capacity):
-    return native.cuda_why_not(expert_ids) or too_many_experts(num_experts)
 
 
 def fake(expert_ids, num_experts, capacity):
@@ -120,7 +120,7 @@ MOE_INDEX = Op(
     },
     # The reference is what stock torch offers: a stable sort and index arithmetic.
     backends=(
-        *native.native_backends("moe_index", run_native, cuda_refuses=why_not_cuda),
+        *native.native_backends("moe_index", run_native, cuda_refuses=cuda_why_not),
         Backend("triton", run_triton, why_not_triton, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),

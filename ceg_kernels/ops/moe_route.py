@@ -160,26 +160,26 @@ def run_native_backward(dweights, logits, expert_ids, score, renormalize, *, lau
     return dlogits
 
 
-def why_not_triton(logits, *rest):
-    return triton.why_not_experts(logits.shape[1], logits, *rest)
-
-
-def why_not_triton_backward(dweights, logits, *rest):
-    return triton.why_not_experts(logits.shape[1], logits, dweights, *rest)
-
-
 def too_many_experts(experts: int) -> str | None:
     """Why the CUDA kernels, which keep a row of experts in shared memory, refuse so many."""
     most = 4096  # kMostExperts in csrc/cuda/moe.h
     return f"needs at most {most} experts, got {experts}" if experts > most else None
 
 
-def why_not_cuda(logits, *rest):
-    return native.cuda_why_not(logits) or too_many_experts(logits.shape[1])
+def cuda_why_not(logits, *rest):
+    return native.cuda_why_not(logits, *rest) or too_many_experts(logits.shape[1])
 
 
-def why_not_cuda_backward(dweights, logits, *rest):
-    return why_not_cuda(logits)
+def cuda_why_not_backward(dweights, logits, *rest):
+    return cuda_why_not(logits, dweights, *rest)
+
+
+def why_not_triton(logits, *rest):
+    return triton.why_not_experts(logits.shape[1], logits, *rest)
+
+
+def why_not_triton_backward(dweights, logits, *rest):
+    return triton.why_not_experts(logits.shape[1], logits, dweights, *rest)
 
 
 def fake(logits, bias, top_k, score, renormalize):
@@ -244,7 +244,7 @@ MOE_ROUTE = Op(
     shapes=SHAPES,
     # torch.topk breaks ties as it likes, so stock torch's honest equivalent is the stable sort.
     backends=(
-        *native.native_backends("moe_route", run_native, cuda_refuses=why_not_cuda),
+        *native.native_backends("moe_route", run_native, cuda_refuses=cuda_why_not),
         Backend("triton", triton.launcher("moe_route", "forward"), why_not_triton, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),
@@ -265,7 +265,7 @@ MOE_ROUTE_BACKWARD = Op(
     shapes={name: _shape_backward(shape) for name, shape in SHAPES.items()},
     backends=(
         *native.native_backends(
-            "moe_route_backward", run_native_backward, cuda_refuses=why_not_cuda_backward
+            "moe_route_backward", run_native_backward, cuda_refuses=cuda_why_not_backward
         ),
         Backend(
             "triton",
