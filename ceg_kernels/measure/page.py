@@ -6,7 +6,7 @@ which the `study` extra installs. Its style sheet, templates/page.css, is also t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ SYMBOLS = {
 ROOFS_DIFFER = 1.02  # a roof measured again moves by less on a quiet machine
 
 
-def render(machines: dict[str, Sequence[Row]], source: str = "benchmark rows") -> str:
+def render(machines: Mapping[str, Sequence[Row]], source: str = "benchmark rows") -> str:
     """The page as text. machines: by name, rows at most one per case and backend."""
     environment = Environment(
         loader=PackageLoader("ceg_kernels.measure"), autoescape=True, undefined=StrictUndefined,
