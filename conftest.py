@@ -18,7 +18,9 @@ if not torch.cuda.is_available():
 
 SHAPE_GROUPS = ("quick", "gpt2", "llama", "moe", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PEERS = ("torch", "reference", "eager", "compile")
+PEERS = (
+    "torch", "reference", "eager", "compile", "liger", "flash-attn", "cudnn", "flash", "loop",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--peers", metavar="NAMES", default="torch,reference",
-        help=f"what to time beside ours, some of {','.join(PEERS)} (default: %(default)s)",
+        help=f"what to time beside ours: all, or some of {','.join(PEERS)} (default: %(default)s)",
     )  # fmt: skip
     group.addoption(
         "--no-peers", action="store_const", const="", dest="peers",
@@ -54,11 +56,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its own options
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    for name, known in (("dtypes", DTYPES), ("peers", (*PEERS, ""))):
+    for name, known in (("dtypes", DTYPES), ("peers", (*PEERS, "all", ""))):
         for value in config.getoption(name).split(","):
             if value not in known:
                 expected = ", ".join(filter(None, known))
                 raise pytest.UsageError(f"--{name} must be some of {expected}, got {value!r}")
+    if "all" in config.option.peers.split(","):
+        config.option.peers = ",".join(PEERS)
     wanted = config.getoption("--benchmark")
     if importlib.util.find_spec("pytest_benchmark") is None:
         if wanted:

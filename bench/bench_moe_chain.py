@@ -73,8 +73,9 @@ def test_moe(shape, dtype, benchmark, report, request):
     for name in filter(None, request.config.getoption("peers").split(",")):
         if name in STOCK:
             calls[name] = with_backend(name, lambda: moe_public(x, logits, top_k))
-        else:
-            formula = moe_formula if name == "eager" else torch.compile(moe_formula)
+        elif name in ("eager", "compile", "loop"):
+            formula = peers.moe_loop if name == "loop" else moe_formula
+            formula = torch.compile(formula) if name == "compile" else formula
             calls[name] = lambda formula=formula: formula(x, logits, top_k)
     want = moe_public(x.double(), logits.double(), top_k)
     for name, call in calls.items():

@@ -17,6 +17,7 @@ from ceg_kernels.measure import (
     cases,
     measure,
     memory,
+    peers,
     run_case,
     time_interleaved,
 )
@@ -40,12 +41,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     group, dtypes = config.getoption("--shapes"), config.getoption("--dtypes").split(",")
-    peers = config.getoption("peers").split(",")
+    device = _device(config)
+    wanted = {n for n in config.getoption("peers").split(",") if peers.absent(n, device) is None}
     found = [
         pytest.param(case, backend, id=f"{case}-{backend}")
-        for case in cases(group, dtypes=dtypes, device=_device(config))
+        for case in cases(group, dtypes=dtypes, device=device)
         for backend in (*case.backends(), *case.formulas())
-        if backend in peers or backend not in PEERS
+        if backend in wanted or backend not in PEERS
     ]
     metafunc.parametrize(("case", "backend"), found)
 
@@ -126,7 +128,9 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     rows = config.stash[ROWS]
+    absent = absent_peers(config, rows) if config.getoption("--benchmark") else ""
     if not rows:
+        terminalreporter.write_line(absent)
         return
     from rich.console import Console
 
@@ -145,6 +149,17 @@ def pytest_terminal_summary(
         with path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         terminalreporter.write_line(f"appended {len(rows)} rows to {path}")
+    terminalreporter.write_line(absent)
+
+
+def absent_peers(config: pytest.Config, rows: list) -> str:
+    """Which of the peers that were asked for were not timed, and why; "" if none."""
+    asked = [name for name in config.getoption("peers").split(",") if name in peers.NAMES]
+    reasons = {name: peers.absent(name, _device(config)) for name in asked}
+    for name in set(asked) - {row["peer"] for row in rows} if rows else ():
+        reasons[name] = reasons[name] or "takes none of the cases that ran"
+    found = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
+    return f"absent peers: {'; '.join(found)}" if found else ""
 
 
 def results_path(target: Path, roofs: Roofs) -> Path:

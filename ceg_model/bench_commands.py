@@ -23,8 +23,10 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
     roofline = subparsers.add_parser("roofline", help="draw the rows of `ceg bench --results`")
     roofline.add_argument("results", type=Path, help="the .jsonl file that --results wrote")
     roofline.add_argument(
-        "--out", type=Path, help="figure to write (.svg, .png or .pdf; default: beside the rows)"
-    )
+        "--out", type=Path,
+        help="what to write: a page (.html) or figures (.svg, .png, .pdf); default: a page and"
+        " .svg beside the rows",
+    )  # fmt: skip
     roofline.set_defaults(run=run_roofline)
     table = subparsers.add_parser("table", help="print the rows of `ceg bench --results`")
     table.add_argument("results", type=Path, help="the .jsonl file that --results wrote")
@@ -69,15 +71,24 @@ def run_compare(parsed: argparse.Namespace) -> int:
 
 
 def run_roofline(parsed: argparse.Namespace) -> int:
-    """Draw the newest row of each case and backend; one figure per machine in the file."""
+    """Draw the newest row of each case and backend: a page, and one figure per machine."""
+    for module in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"ceg roofline needs {module}: pip install -e .[study]")
+    from ceg_kernels.measure import page
     from ceg_kernels.measure.plot import roofline_figure
 
     machines = newest_rows(parsed.results)
     out = parsed.out or parsed.results.with_suffix(".svg")
-    for index, (machine, rows) in enumerate(machines.items()):
-        path = out if len(machines) == 1 else out.with_stem(f"{out.stem}-{index + 1}")
-        roofline_figure(rows).savefig(path, dpi=150)
-        print(f"{machine}: {len(rows)} rows in {path}")
+    if out.suffix != ".html":
+        for index, (machine, rows) in enumerate(machines.items()):
+            path = out if len(machines) == 1 else out.with_stem(f"{out.stem}-{index + 1}")
+            roofline_figure(rows).savefig(path, dpi=150)
+            print(f"{machine}: {len(rows)} rows in {path}")
+    if parsed.out is None or out.suffix == ".html":
+        path = out.with_suffix(".html")
+        path.write_text(page.render(machines, parsed.results.name), encoding="utf-8")
+        print(f"all {sum(map(len, machines.values()))} rows in {path}")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""What those run who use no library: each op's formula in plain torch, eager or compiled.
+"""What others run: each op's formula in plain torch, eager or compiled, and kernels of libraries.
 
 Peers of the benchmarks, not backends: nothing dispatches to them. The reference is written to be
 exact (fp32 inside, every flag, its own backward); these are written as model code has them, in the
-dtype of the inputs and for the common flags, and torch differentiates them.
+dtype of the inputs and for the common flags, and torch differentiates them. The libraries are in
+libraries.py.
 
 A formula takes the arguments of the op's schema and returns the first of its outputs, as many as
 its users want. Letters as in ceg_kernels/ops/.
@@ -12,13 +13,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ceg_kernels.measure import libraries
 from ceg_kernels.op import Backend
 
-NAMES = ("eager", "compile")
+PLAIN = ("eager", "compile")
+NAMES = (*PLAIN, *libraries.MODULES, "loop")
+
+
+@dataclass(frozen=True)
+class Peer(Backend):
+    """`prepare` makes its arguments of the op's, once for each inputs and outside the clock."""
+
+    prepare: Callable[..., tuple] | None = None
 
 
 def attention(q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, scale, causal, left, right, softcap):
@@ -141,15 +152,52 @@ FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., str | None]]] = {
 }
 
 
+def moe_loop(x, logits, top_k):
+    """The chain from routing to combining one expert at a time, as Hugging Face's eager mixtures.
+
+    The experts are left out: what each would be given goes straight back, weighted.
+    """
+    weights, ids, counts = moe_route(logits, None, top_k, "softmax", True)
+    out = torch.zeros_like(x)
+    for expert in counts.nonzero().flatten().tolist():
+        tokens, choices = torch.where(ids == expert)
+        rows = x[tokens] * weights[tokens, choices].unsqueeze(-1).to(x.dtype)
+        out.index_add_(0, tokens, rows)
+    return out
+
+
+def of(op: str) -> tuple[str, ...]:
+    """The names of an op's peers. "loop" is the peer of a chain of ops, so of none."""
+    plain = PLAIN if op in FORMULAS else ()
+    return *plain, *(name for one, name in libraries.FORMULAS if one == op)
+
+
+def absent(name: str, device: str) -> str | None:
+    """Why that peer can run nothing on this device of this machine, or None."""
+    return libraries.absent(name, device) if name in libraries.MODULES else None
+
+
 def find(op: str, name: str) -> Backend | None:
     """The peer `name` (of NAMES) of an op, as a backend that is none; None where there is none.
 
     The first call of "compile" compiles; it raises RuntimeError where that fails.
     """
-    if name not in NAMES or op not in FORMULAS:
+    if name in PLAIN and op in FORMULAS:
+        formula, why_not = FORMULAS[op]
+        return Peer(name, formula if name == "eager" else _compiled(op), why_not)
+    if (op, name) not in libraries.FORMULAS:
         return None
-    formula, why_not = FORMULAS[op]
-    return Backend(name, formula if name == "eager" else _compiled(op), why_not)
+    formula, refuses, prepare = libraries.FORMULAS[op, name]
+
+    def library_why_not(*args: Any) -> str | None:
+        return absent(name, args[0].device.type) or refuses(*args)
+
+    return Peer(name, formula, library_why_not, prepare=prepare)
+
+
+def prepared(peer: Backend, args: tuple) -> tuple:
+    """The arguments that `peer` is to be called with; copies where it would write over them."""
+    return peer.prepare(*args) if isinstance(peer, Peer) and peer.prepare is not None else args
 
 
 @functools.cache

@@ -86,7 +86,7 @@ def bench_row(
 
 
 def versions(roofs: Roofs) -> dict[str, str]:
-    """What a number depends on beside the code: device, threads, build and library versions."""
+    """What a number depends on beside the code: device, threads, build, versions, kind of roof."""
     found = dict(roofs.versions)
     found.update(
         python=platform.python_version(),
@@ -94,6 +94,9 @@ def versions(roofs: Roofs) -> dict[str, str]:
         threads=str(roofs.threads),
         freed_memory="kept" if memory.kept() else "returned",
     )
+    sources = roofs.flops_source | {"copy": roofs.copy_source}
+    if known := [f"{name} {how}" for name, how in sources.items() if how is not None]:
+        found["roofs"] = ", ".join(known)
     return found
 
 

@@ -80,8 +80,7 @@ class Case:
 
     def formulas(self) -> tuple[str, ...]:
         """The peers of measure/peers.py that can run it; none has a backward by itself."""
-        known = self.direction != "bwd" and self.op in peers.FORMULAS
-        return peers.NAMES if known else ()
+        return () if self.direction == "bwd" else peers.of(self.op)
 
     def same(self, backend: str, other: str) -> bool:
         """True where the two are one implementation: one measurement serves both."""
@@ -89,8 +88,9 @@ class Case:
 
     def call(self, backend: str, args: tuple) -> Callable[[], Any]:
         """One execution by that backend, without our dispatcher around it."""
+        found = _backend(self.ops[0], backend)
+        args, run = peers.prepared(found, args), found.run
         if self.direction != "fwd_bwd":
-            run = _backend(self.ops[0], backend).run
             return lambda: run(*args)
         return _forward_backward(self.ops[0], backend, args)
 
@@ -98,7 +98,8 @@ class Case:
         """Runs a peer once, and so compiles it; the error that it raises, or None."""
         try:
             self.call(peer, args)()
-        except RuntimeError as error:  # torch.compile without a compiler, scores without memory
+        # torch.compile without a compiler, scores without memory, a library of another version
+        except (RuntimeError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return None
 
@@ -274,7 +275,7 @@ def _formula_error(op: Op, formula: Backend, args: tuple) -> float:
 
     Integers count only where there is nothing else: equal scores may be ranked either way.
     """
-    outs = accuracy.as_tuple(formula.run(*args))
+    outs = accuracy.as_tuple(formula.run(*peers.prepared(formula, args)))
     likes = accuracy.as_tuple(op.fake(*args))[: len(outs)]
     kept = [i for i, like in enumerate(likes) if like.is_floating_point()] or range(len(likes))
     checked = copy.copy(op)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from ceg_model.study.svg import FAINT, INK, PAPER, panel
+from ceg_kernels.measure.svg import FAINT, INK, PAPER, panel
 
 Results = dict[str, Any]
 

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ceg_kernels.measure.svg import INK
 from ceg_model.rundir import write_atomically
 from ceg_model.study import plots, words
 from ceg_model.study.innovations import INNOVATIONS
-from ceg_model.study.svg import INK
 
 HTML, JSON = "report.html", "results.json"
 
@@ -30,7 +30,10 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
 def render(results: dict[str, Any]) -> str:
     """The page as text. No script, no font, no image from elsewhere."""
     environment = Environment(
-        loader=PackageLoader("ceg_model.study"),
+        # The style sheet is the one of the page that `ceg roofline` writes.
+        loader=ChoiceLoader(
+            [PackageLoader("ceg_model.study"), PackageLoader("ceg_kernels.measure")]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
