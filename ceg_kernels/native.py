@@ -1,4 +1,7 @@
-"""The compiled extension as seen by the op declarations: whether it is there, and its CPU backends.
+"""The compiled extension as seen by the op declarations: whether it is there, and its backends.
+
+Launchers of the CPU and of CUDA take the same arguments but for the last ones, so one function of
+an op allocates the outputs and calls `launch(name, *args)`, a `Cpu` or a `Cuda`.
 
 torch is imported before the extension on purpose: both need libgomp, and the copy that is mapped
 first serves both, so that there is one pool of threads.
@@ -6,8 +9,11 @@ first serves both, so that there is one pool of threads.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,20 +29,102 @@ else:
     MISSING = None
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CUDA_FLOATS = FLOATS[:3]
+OLDEST_GPU = (8, 0)  # bf16 and cp.async
+
+# Where a CUDA kernel has passed its tests: {op: {"sm_90": {"gpu": name, "commit": hash}}}.
+VALIDATED: dict[str, dict[str, dict[str, str]]] = json.loads(
+    Path(__file__).with_name("validated.json").read_text()
+)
 
 
 def why_not(*args: Any) -> str | None:
     """Why the CPU kernels refuse these arguments (the first tensor decides on the dtype)."""
     if MISSING is not None:
         return MISSING
+    return _unfit(args, "cpu", FLOATS)
+
+
+def cuda_why_not(*args: Any) -> str | None:
+    """Why the CUDA kernels refuse these arguments (the first tensor decides on dtype and GPU)."""
+    if MISSING is not None:
+        return MISSING
+    if reason := _C.build_info()["cuda_why_not"]:
+        return f"the extension was built without CUDA ({reason})"
+    if (reason := _unfit(args, "cuda", CUDA_FLOATS)) is not None:
+        return reason
+    if (gpu := _capability(args)) < OLDEST_GPU:
+        return f"needs a GPU of {_family(OLDEST_GPU)} or newer, got {_family(gpu)}"
+    return None
+
+
+def unvalidated(op: str, *args: Any) -> str | None:
+    """Why `op` should not run on this GPU unasked, or None where its kernel passed its tests."""
+    family = _family(_capability(args))
+    return None if family in VALIDATED.get(op, {}) else f"not yet validated on {family}"
+
+
+def _unfit(args: tuple, device: str, floats: tuple[torch.dtype, ...]) -> str | None:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"needs tensors on cpu, got one on {tensor.device.type}"
-    if tensors[0].dtype.is_floating_point and tensors[0].dtype not in FLOATS:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        if tensor.device.type != device:
+            return f"needs tensors on {device}, got one on {tensor.device.type}"
+    if tensors[0].dtype.is_floating_point and tensors[0].dtype not in floats:
+        names = ", ".join(str(d).removeprefix("torch.") for d in floats)
         return f"needs dtype in {{{names}}}, got {str(tensors[0].dtype).removeprefix('torch.')}"
     return None
+
+
+def _capability(args: tuple) -> tuple[int, int]:
+    first = next(a for a in args if isinstance(a, torch.Tensor))
+    return torch.cuda.get_device_capability(first.device)
+
+
+def _family(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Launches on the CPU, at an ISA level; "" is the best that this CPU has."""
+
+    isa: str = ""
+
+    def __call__(self, name: str, *args: Any) -> None:
+        getattr(_C, name)(*args, torch.get_num_threads(), self.isa)
+
+    def parameter(self, t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """A small parameter beside data of this dtype, as the kernels take it."""
+        return as_math(t, dtype)
+
+    def workspace(self, name: str, t: torch.Tensor, wanted: bool) -> tuple:
+        """What the launcher `name` takes, beyond its outputs, for sums over the rows of t."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """Launches on the current stream of the first argument's GPU. `module`: None is `_C.cuda`."""
+
+    module: Any = None  # the simulator, with tensors on the CPU, in tests
+
+    def __call__(self, name: str, *args: Any) -> None:
+        device = args[0].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        getattr(self._launchers(), name)(*args, stream)
+
+    def parameter(self, t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        # The kernels widen it themselves, which saves a launch.
+        return None if t is None else dense(t)
+
+    def workspace(self, name: str, t: torch.Tensor, wanted: bool) -> tuple:
+        if not wanted:
+            return (None,)
+        rows = getattr(self._launchers(), f"{name}_partials")(t)
+        return (t.new_empty(rows, t.shape[-1], dtype=torch.float32),)
+
+    def _launchers(self) -> Any:
+        return _C.cuda if self.module is None else self.module
 
 
 def cpu_backends(
@@ -54,6 +142,26 @@ def cpu_backends(
         Backend(name, partial(run, isa=isa), refuses, executed_flops, automatic=not isa)
         for name, isa in named.items()
     )
+
+
+def native_backends(
+    op: str,
+    run: Callable[..., Any],
+    refuses: Callable[..., str | None] = why_not,
+    cuda_refuses: Callable[..., str | None] = cuda_why_not,
+) -> tuple[Backend, ...]:
+    """`cpu`, one for each ISA level this CPU has (run only when forced), and `cuda`.
+
+    `run(*args, launch=...)` allocates and launches. `cuda` runs unforced where it is validated.
+    """
+    levels: list[str] = [] if _C is None else _C.isa_levels()["available"]
+    named = {"cpu": "", **{f"cpu:{level}": level for level in levels}}
+    on_cpu = [
+        Backend(name, partial(run, launch=Cpu(isa)), refuses, automatic=not isa)
+        for name, isa in named.items()
+    ]
+    on_gpu = partial(run, launch=Cuda())
+    return (*on_cpu, Backend("cuda", on_gpu, cuda_refuses, unproven=partial(unvalidated, op)))
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

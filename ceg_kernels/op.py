@@ -41,6 +41,13 @@ class Backend:
     why_not: Callable[..., str | None] = lambda *args: None
     executed_flops: Callable[..., int] | None = None  # with recomputation and padding, if known
     automatic: bool = True  # False: runs only when asked for by name
+    # Why these arguments are not given to it unasked all the same: it has not been validated on
+    # their device. Cached as why_not is.
+    unproven: Callable[..., str | None] = lambda *args: None
+
+    def takes(self, *args: Any) -> bool:
+        """Whether it runs these arguments unasked."""
+        return self.automatic and self.why_not(*args) is None and self.unproven(*args) is None
 
 
 @dataclass(frozen=True)
@@ -138,10 +145,12 @@ class Op:
         taken = False
         for backend in self.backends:
             reason = backend.why_not(*args)
-            if reason is None and backend.automatic and not taken:
+            if reason is None and not taken and backend.takes(*args):
                 reason, taken = "runs these arguments: chosen unless another is forced", True
             elif reason is None:
-                reason = "could run them: use_backend forces it"
+                doubt = backend.unproven(*args)
+                but = f", but {doubt}" if doubt else ""
+                reason = f"could run them{but}: use_backend forces it"
             lines.append(f"  {backend.name}: {reason}")
         return "\n".join(lines)
 
@@ -158,7 +167,7 @@ class Op:
                 raise RuntimeError(f"backend {wanted} was forced but refuses: {reason}\n"
                                    + self.explain(*args))  # fmt: skip
             return backend
-        return next(b for b in self.backends if b.automatic and b.why_not(*args) is None)
+        return next(b for b in self.backends if b.takes(*args))
 
     def _run(self, *args: Any) -> Any:
         out = self.choose(*args).run(*args)
@@ -236,7 +245,7 @@ def _dense(tensors: tuple) -> tuple:
 def _static(a: Any) -> Any:
     """What a choice may depend on; sizes other than the last are left out on purpose."""
     if isinstance(a, torch.Tensor):
-        return a.device.type, a.dtype, a.dim(), a.shape[-1] if a.dim() else 0
+        return a.device, a.dtype, a.dim(), a.shape[-1] if a.dim() else 0
     return a != 0.0 if isinstance(a, float) else a
 
 

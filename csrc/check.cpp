@@ -40,6 +40,13 @@ void check_range_of(const char* name, const Tensor& t, int64_t low, int64_t high
 
 std::string shape_text(const Tensor& t) { return tuple_text(t.shape, t.ndim); }
 
+std::string text(const Device& device) {
+  const std::string number = std::to_string(device.index);
+  if (device.type == kCpu) return "cpu";
+  if (device.type == kCuda) return "cuda:" + number;
+  return "DLPack device (" + std::to_string(device.type) + ", " + number + ")";
+}
+
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
   bool same = t.ndim == static_cast<int>(expected.size());
   int i = 0;
@@ -73,18 +80,17 @@ void check_like(const char* name, const Tensor& t, const Tensor& like) {
   const bool same = t.ndim == like.ndim && std::equal(t.shape, t.shape + t.ndim, like.shape);
   CEG_CHECK(same, name, " must have shape ", shape_text(like), ", got ", shape_text(t));
   check_dtype(name, t, {like.dtype});
-  check_rows(name, t);
+  check_rows(name, t, like.device);
 }
 
-void check_rows(const char* name, const Tensor& t) {
-  CEG_CHECK(t.device_type == kCpu, name, " must be on the CPU, got DLPack device type ",
-            t.device_type);
+void check_rows(const char* name, const Tensor& t, const Device& where) {
+  CEG_CHECK(t.device == where, name, " must be on ", text(where), ", got ", text(t.device));
   CEG_CHECK(t.stride[t.ndim - 1] == 1 || t.shape[t.ndim - 1] <= 1, name,
             " must have stride 1 in its last dimension, got ", t.stride[t.ndim - 1]);
 }
 
-void check_output(const char* name, const Tensor& t) {
-  check_rows(name, t);
+void check_output(const char* name, const Tensor& t, const Device& where) {
+  check_rows(name, t, where);
   CEG_CHECK(!t.read_only, name, " must be writable, got a read-only array");
   // A broadcast output would be written by several threads at once.
   for (int i = 0; i < t.ndim; ++i) {

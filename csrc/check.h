@@ -28,17 +28,19 @@ template <typename... Parts>
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected);
 void check_dtype(const char* name, const Tensor& t, std::initializer_list<DType> expected);
 void check_float(const char* name, const Tensor& t);
-// Shape and dtype of another tensor, and check_rows.
+// Shape, dtype and device of another tensor, and check_rows.
 void check_like(const char* name, const Tensor& t, const Tensor& like);
-// On the CPU, with neighbours of the last dimension adjacent in memory. Not for scalars: check the
-// shape first.
-void check_rows(const char* name, const Tensor& t);
+// There, with neighbours of the last dimension adjacent in memory. Not for scalars: check the shape
+// first.
+void check_rows(const char* name, const Tensor& t, const Device& where = {});
 // check_rows, and may be written.
-void check_output(const char* name, const Tensor& t);
+void check_output(const char* name, const Tensor& t, const Device& where = {});
 
-// Every element of an int32 or int64 tensor of one or two dimensions is in [low, high).
+// Every element of an int32 or int64 tensor, of one or two dimensions and on the CPU, is in
+// [low, high).
 void check_range(const char* name, const Tensor& t, int64_t low, int64_t high);
 
 std::string shape_text(const Tensor& t);
+std::string text(const Device& device);
 
 }  // namespace ceg

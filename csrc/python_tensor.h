@@ -84,7 +84,7 @@ inline Tensor tensor_of(const View& view, bool read_only) {
   Tensor t;
   t.data = static_cast<char*>(view.data) + view.byte_offset;
   t.ndim = view.ndim;
-  t.device_type = view.device_type;
+  t.device = {view.device_type, view.device_id};
   t.dtype = dtype_of(view);
   t.read_only = read_only;
   int64_t row_major = 1;

@@ -11,6 +11,12 @@ enum class DType : int8_t { f32, f64, bf16, f16, i32, i64, other };
 // DLPack's numbers.
 enum DeviceType : int { kCpu = 1, kCuda = 2 };
 
+struct Device {
+  int type = kCpu;
+  int index = 0;
+  bool operator==(const Device&) const = default;
+};
+
 struct Tensor {
   // (total, H, D) and (B, T, H, D) are the largest that any launcher takes; one spare.
   static constexpr int kMaxDims = 5;
@@ -19,7 +25,7 @@ struct Tensor {
   int64_t shape[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};  // in elements
   int ndim = 0;
-  int device_type = kCpu;
+  Device device;
   DType dtype = DType::other;
   bool read_only = false;
 

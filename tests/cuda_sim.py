@@ -6,6 +6,7 @@ need a process of their own, because the sanitizer has to be loaded before every
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / f"sim-{sysconfig.get_config_var('SOABI')}"
@@ -87,3 +89,19 @@ def run_under_asan(code: str) -> subprocess.CompletedProcess[str]:
         # Python leaks by design.
         env={**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"},
     )  # fmt: skip
+
+
+class Elsewhere:
+    """An array that claims to be on another device, as DLPack numbers them."""
+
+    def __init__(self, array: Any, kind: int, index: int) -> None:
+        self.array, self.device = array, (kind, index)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = self.array.__dlpack__()  # a DLManagedTensor: data, then the device
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        managed = pointer(capsule, b"dltensor")
+        ctypes.c_int32.from_address(managed + 8).value = self.device[0]
+        ctypes.c_int32.from_address(managed + 12).value = self.device[1]
+        return capsule

@@ -122,30 +122,28 @@ SHAPES = {
 }
 
 
-def run_cpu(x, weight, residual, eps, weight_offset, *, isa=""):
+def run_native(x, weight, residual, eps, weight_offset, *, launch):
     h, r = arguments.as_rows(x), None if residual is None else arguments.as_rows(residual)
     y = x.new_empty(h.shape)
     total = x.new_empty(h.shape) if r is not None else None
     rstd = x.new_empty(h.shape[0], dtype=native.math_dtype(x.dtype))
-    native._C.rms_norm_fwd(
-        h, native.as_math(weight, x.dtype), r, y, total, rstd, eps, weight_offset,
-        torch.get_num_threads(), isa,
-    )  # fmt: skip
+    scale = launch.parameter(weight, x.dtype)
+    launch("rms_norm_fwd", h, scale, r, y, total, rstd, eps, weight_offset)
     summed = x.new_empty(0) if total is None else total.view(x.shape)
     return y.view(x.shape), summed, rstd.view(x.shape[:-1])
 
 
-def run_cpu_backward(dy, dh, h, weight, rstd, weight_offset, *, isa=""):
+def run_native_backward(dy, dh, h, weight, rstd, weight_offset, *, launch):
     rows = arguments.as_rows(h)
     dx = h.new_empty(rows.shape)
-    dweight = None if weight is None else rstd.new_empty(weight.shape)
-    native._C.rms_norm_bwd(
-        arguments.as_rows(dy), None if dh is None else arguments.as_rows(dh), rows,
-        native.as_math(weight, h.dtype), rstd.reshape(-1), dx, dweight, weight_offset,
-        torch.get_num_threads(), isa,
+    scale = launch.parameter(weight, h.dtype)
+    dweight = None if scale is None else scale.new_empty(scale.shape)
+    launch(
+        "rms_norm_bwd", arguments.as_rows(dy), None if dh is None else arguments.as_rows(dh), rows,
+        scale, rstd.reshape(-1), dx, dweight,
+        *launch.workspace("rms_norm_bwd", rows, weight is not None), weight_offset,
     )  # fmt: skip
-    dw = h.new_empty(0) if weight is None or dweight is None else dweight.to(weight.dtype)
-    return dx.view(h.shape), dw
+    return dx.view(h.shape), h.new_empty(0) if dweight is None else dweight.to(weight.dtype)
 
 
 def run_torch(x, weight, residual, eps, weight_offset):
@@ -213,7 +211,7 @@ RMS_NORM = Op(
     samples=samples,
     shapes=SHAPES,
     backends=(
-        *native.cpu_backends(run_cpu),
+        *native.native_backends("rms_norm", run_native),
         Backend("triton", triton.launcher("rms_norm", "forward"), triton.why_not, automatic=False),
         Backend("torch", run_torch),
         Backend("reference", reference),
@@ -234,7 +232,7 @@ RMS_NORM_BACKWARD = Op(
     samples=samples_backward,
     shapes={name: _shape_backward(SHAPES[name]) for name in SHAPES if "residual" not in name},
     backends=(
-        *native.cpu_backends(run_cpu_backward),
+        *native.native_backends("rms_norm_backward", run_native_backward),
         Backend("triton", triton.launcher("rms_norm", "backward"), triton.why_not, automatic=False),
         # Stock torch differentiates F.rms_norm through these same pointwise steps.
         Backend("torch", reference_backward),

@@ -99,14 +99,12 @@ SHAPES = {
 }
 
 
-def run_cpu(q, k, cos, sin, positions, interleaved, inverse, *, isa=""):
+def run_native(q, k, cos, sin, positions, interleaved, inverse, *, launch):
     q, k = native.unit_stride(q), native.unit_stride(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    native._C.rope(
-        q, k, native.as_math(cos, q.dtype), native.as_math(sin, q.dtype),
-        None if positions is None else positions.contiguous(), q_out, k_out, interleaved, inverse,
-        torch.get_num_threads(), isa,
-    )  # fmt: skip
+    cos, sin = native.as_math(cos, q.dtype), native.as_math(sin, q.dtype)
+    positions = None if positions is None else positions.contiguous()
+    launch("rope", q, k, cos, sin, positions, q_out, k_out, interleaved, inverse)
     return q_out, k_out
 
 
@@ -186,7 +184,7 @@ ROPE = Op(
     shapes=SHAPES,
     # Stock torch has no rotary embedding: what its users run is the reference.
     backends=(
-        *native.cpu_backends(run_cpu),
+        *native.native_backends("rope", run_native),
         Backend("triton", run_triton, triton.why_not, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),

@@ -87,8 +87,7 @@ void check_out_like(const char* name, const Tensor& t, const Inputs& in) {
 
 void check_row_stat(const char* name, const Tensor& t, const Inputs& in) {
   check_dtype(name, t, {compute_type(in.q.dtype)});
-  CEG_CHECK(t.device_type == kCpu, name, " must be on the CPU, got DLPack device type ",
-            t.device_type);
+  CEG_CHECK(t.device == Device{}, name, " must be on cpu, got ", text(t.device));
   if (in.varlen()) {
     check_shape(name, t, {in.q.shape[1], in.q.shape[0]});
   } else {

@@ -6,7 +6,7 @@
 #include "../check.h"
 #include "launch.h"
 
-namespace ceg {
+namespace ceg::cuda {
 namespace {
 
 using Optional = std::optional<Tensor>;
@@ -26,20 +26,20 @@ struct Inputs {
 };
 
 // (B, T, H, D), or (total, H, D) without the batch.
-GpuView view_of(const Tensor& t, bool varlen) {
+View view_of(const Tensor& t, bool varlen) {
   if (varlen) return {t.data, 0, t.stride[0], t.stride[1]};
   return {t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
 // (B, H, T), or (H, total).
-GpuView row_view_of(const Tensor& t, bool varlen) {
+View row_view_of(const Tensor& t, bool varlen) {
   if (varlen) return {t.data, 0, t.stride[1], t.stride[0]};
   return {t.data, t.stride[0], t.stride[2], t.stride[1]};
 }
 
-GpuAttention problem_of(const Inputs& in) {
+Attention problem_of(const Inputs& in) {
   const int axis = in.varlen() ? 1 : 2;  // of heads
-  GpuAttention p = {};
+  Attention p = {};
   p.batch = static_cast<int>(in.varlen() ? in.cu_seqlens_q->shape[0] - 1 : in.q.shape[0]);
   p.heads = static_cast<int>(in.q.shape[axis]);
   p.kv_heads = static_cast<int>(in.k.shape[axis]);
@@ -76,7 +76,7 @@ GpuAttention problem_of(const Inputs& in) {
 }
 
 // Of queries, and of keys with the queries of their group.
-Schedule schedule_of(const GpuAttention& p, bool of_queries) {
+Schedule schedule_of(const Attention& p, bool of_queries) {
   const int64_t row = 2 * (p.head_dim + p.value_dim);  // bytes of a position
   if (!of_queries) {
     const int heads = p.batch * p.kv_heads;
@@ -88,12 +88,11 @@ Schedule schedule_of(const GpuAttention& p, bool of_queries) {
 
 }  // namespace
 
-void cuda_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                        const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                        int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
-                        const Optional& sink, const Tensor& out, const Tensor& lse,
-                        double softmax_scale, bool causal, int64_t window_left,
-                        int64_t window_right, double softcap, uintptr_t stream) {
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
+                   const Optional& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                   const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
+                   const Tensor& lse, double softmax_scale, bool causal, int64_t window_left,
+                   int64_t window_right, double softcap, uintptr_t stream) {
   const Inputs in = {q,
                      k,
                      v,
@@ -108,7 +107,7 @@ void cuda_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                      window_left,
                      window_right,
                      softcap};
-  GpuAttentionFwd args = {};
+  AttentionFwd args = {};
   args.problem = problem_of(in);
   args.q = view_of(q, in.varlen());
   args.k = view_of(k, in.varlen());
@@ -119,4 +118,4 @@ void cuda_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   attention_sm80_fwd(args, q.dtype, stream);
 }
 
-}  // namespace ceg
+}  // namespace ceg::cuda

@@ -9,10 +9,10 @@
 #include "../tensor.h"
 #include "attention_range.h"
 
-namespace ceg {
+namespace ceg::cuda {
 
 // Item (sequence b, row t, head h) at data + b * batch + t * row + h * head, in items.
-struct GpuView {
+struct View {
   void* data;
   int64_t batch, row, head;
 };
@@ -22,7 +22,7 @@ struct ToNatural {
   float high, low;
 };
 
-struct GpuAttention {
+struct Attention {
   int batch, heads, kv_heads, head_dim, value_dim;
   int max_q, max_k;  // every sequence's length unless cu_seqlens are given
   const int32_t* cu_q;
@@ -42,29 +42,29 @@ struct GpuAttention {
   bool plain() const { return scale > 0 && softcap == 0 && !slopes; }
 };
 
-struct GpuAttentionFwd {
-  GpuAttention problem;
-  GpuView q, k, v, out, lse;
+struct AttentionFwd {
+  Attention problem;
+  View q, k, v, out, lse;
   Schedule schedule;
 };
 
-struct GpuAttentionBwd {
-  GpuAttention problem;
-  GpuView dout, q, k, v, out, lse, dlse, delta, dq, dk, dv;
+struct AttentionBwd {
+  Attention problem;
+  View dout, q, k, v, out, lse, dlse, delta, dq, dk, dv;
   float* dsink;  // (H,), or null
   Schedule of_keys, of_queries;
 };
 
 // Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
-void attention_sm80_fwd(const GpuAttentionFwd& args, DType dtype, uintptr_t stream);
-void attention_sm80_bwd(const GpuAttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
+void attention_sm80_bwd(const AttentionBwd& args, DType dtype, uintptr_t stream);
 
-void cuda_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                        const std::optional<Tensor>& cu_seqlens_q,
-                        const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
-                        int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
-                        const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-                        double softmax_scale, bool causal, int64_t window_left,
-                        int64_t window_right, double softcap, uintptr_t stream);
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                   const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+                   const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
+                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                   double softcap, uintptr_t stream);
 
-}  // namespace ceg
+}  // namespace ceg::cuda

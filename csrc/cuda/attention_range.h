@@ -9,7 +9,7 @@
 #define CEG_HOST_DEVICE __host__ __device__
 #endif
 
-namespace ceg {
+namespace ceg::cuda {
 
 // Positions and windows add up in 32 bits: no sequence is longer, no window wider.
 constexpr int kUnbounded = 1 << 29;
@@ -70,4 +70,4 @@ CEG_HOST_DEVICE constexpr int section_of(int heads, int64_t bytes) {
   return fit < 1 ? 1 : fit > heads ? most(heads, 1) : static_cast<int>(fit);
 }
 
-}  // namespace ceg
+}  // namespace ceg::cuda

@@ -10,7 +10,7 @@
 #include "attention_tile.h"
 #include "launch.h"
 
-namespace ceg {
+namespace ceg::cuda {
 namespace {
 
 // Chosen with the compiler's report, measured on no GPU: two bands of 16 rows a warp read each K
@@ -81,7 +81,7 @@ struct OnlineSoftmax {
   }
 
   // The row's factor for acc and its natural log-sum-exp, which the sink joins as one more logit.
-  __device__ __forceinline__ void finish(int m, int h, const GpuAttention& p, const float* sink,
+  __device__ __forceinline__ void finish(int m, int h, const Attention& p, const float* sink,
                                          float& factor, float& lse) {
     float sum = total[m][h];
     sum += __shfl_xor_sync(kFullWarp, sum, 1);
@@ -128,10 +128,10 @@ __device__ __forceinline__ void mask(float (&s)[kRows][kBlocks][4], int first_be
 
 template <class T, int kD, bool kPlain>
 __global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kBlocksPerSm)
-    attention_fwd_kernel(const __grid_constant__ GpuAttentionFwd args) {
+    attention_fwd_kernel(const __grid_constant__ AttentionFwd args) {
   using Tile = ForwardTile<kD>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kRows = Tile::kRows;
-  const GpuAttention& p = args.problem;
+  const Attention& p = args.problem;
   const TileOf<kM> tile(p, args.schedule, p.heads, true);
   const auto [b, h, first, at] = tile;
   if (first >= at.n_q) return;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kB
   const SharedAddress k_tile = q_tile + kM * Swizzle<kD>::kRowBytes;
   const SharedAddress v_tile = k_tile + kN * Swizzle<kD>::kRowBytes;
   using Loader = TileLoader<T, kN, kD, Tile::kThreads>;
-  const auto source = [&](const GpuView& view, int64_t row, int head) {
+  const auto source = [&](const View& view, int64_t row, int head) {
     return rows_of<const T>(view, b, row, head);
   };
   TileLoader<T, kM, kD, Tile::kThreads> load_q(source(args.q, at.first_q + first, h), args.q.row);
@@ -218,10 +218,10 @@ __global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kB
 }
 
 template <class T, int kD>
-void launch_tile(const GpuAttentionFwd& args, uintptr_t stream) {
+void launch_tile(const AttentionFwd& args, uintptr_t stream) {
   using Tile = ForwardTile<kD>;
-  GpuAttentionFwd a = args;
-  const GpuAttention& p = args.problem;
+  AttentionFwd a = args;
+  const Attention& p = args.problem;
   a.schedule.tiles = (p.max_q + Tile::kM - 1) / Tile::kM;
   const Launch at = {"attention_fwd_kernel", static_cast<unsigned>(a.schedule.blocks()),
                      Tile::kThreads, Tile::kSharedBytes, stream};
@@ -229,7 +229,7 @@ void launch_tile(const GpuAttentionFwd& args, uintptr_t stream) {
 }
 
 template <class T>
-void launch_type(const GpuAttentionFwd& args, uintptr_t stream) {
+void launch_type(const AttentionFwd& args, uintptr_t stream) {
   const int width = most(args.problem.head_dim, args.problem.value_dim);
   if (width <= 64) {
     launch_tile<T, 64>(args, stream);
@@ -242,7 +242,7 @@ void launch_type(const GpuAttentionFwd& args, uintptr_t stream) {
 
 }  // namespace
 
-void attention_sm80_fwd(const GpuAttentionFwd& args, DType dtype, uintptr_t stream) {
+void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream) {
   if (dtype == DType::bf16) {
     launch_type<bf16>(args, stream);
   } else {
@@ -250,4 +250,4 @@ void attention_sm80_fwd(const GpuAttentionFwd& args, DType dtype, uintptr_t stre
   }
 }
 
-}  // namespace ceg
+}  // namespace ceg::cuda

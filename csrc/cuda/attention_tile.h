@@ -11,7 +11,7 @@
 #include "mma.h"
 #include "swizzle.h"
 
-namespace ceg {
+namespace ceg::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -33,7 +33,7 @@ struct Sequence {
   int64_t first_q, first_k;
   int n_q, n_k;
 
-  __device__ __forceinline__ Sequence(const GpuAttention& p, int b)
+  __device__ __forceinline__ Sequence(const Attention& p, int b)
       : first_q(0), first_k(0), n_q(p.max_q), n_k(p.max_k) {
     if (p.cu_q) {
       first_q = p.cu_q[b];
@@ -73,17 +73,17 @@ struct TileOf {
   int b, h, first;
   Sequence at;
 
-  __device__ __forceinline__ TileOf(const GpuAttention& p, const Schedule& schedule, int heads,
+  __device__ __forceinline__ TileOf(const Attention& p, const Schedule& schedule, int heads,
                                     bool last_tile_first)
       : TileOf(p, heads, schedule.place(block_index(), last_tile_first)) {}
 
  private:
-  __device__ __forceinline__ TileOf(const GpuAttention& p, int heads, Schedule::Place place)
+  __device__ __forceinline__ TileOf(const Attention& p, int heads, Schedule::Place place)
       : b(place.head / heads), h(place.head % heads), first(place.tile * kTile), at(p, b) {}
 };
 
 template <class T>
-__device__ __forceinline__ T* rows_of(const GpuView& view, int b, int64_t first, int h) {
+__device__ __forceinline__ T* rows_of(const View& view, int b, int64_t first, int h) {
   return static_cast<T*>(view.data) + b * view.batch + first * view.row + h * view.head;
 }
 
@@ -213,7 +213,7 @@ __device__ __forceinline__ float tanh_accurate(float x) {
 struct Logit {
   float scale, cap, cap_in, slope;
 
-  __device__ __forceinline__ Logit(const GpuAttention& p, int b, int h)
+  __device__ __forceinline__ Logit(const Attention& p, int b, int h)
       : scale(p.scale),
         cap(p.softcap),
         cap_in(p.softcap > 0 ? p.scale / p.softcap : 0),
@@ -273,4 +273,4 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kRows][kColumns / 
   }
 }
 
-}  // namespace ceg
+}  // namespace ceg::cuda

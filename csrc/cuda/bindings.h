@@ -1,20 +1,34 @@
-// The CUDA launchers as Python sees them, in _C and, for tests without a GPU, in _sim.
+// The CUDA launchers as Python sees them, in _C.cuda and, for tests without a GPU, in _sim: those
+// of the CPU with a stream instead of threads and isa. One line per launcher, no logic.
 #pragma once
 
 #include <pybind11/stl.h>
 
 #include "../python_tensor.h"
 #include "attention.h"
+#include "rms_norm.h"
+#include "rope.h"
 
-namespace ceg {
+namespace ceg::cuda {
 
-inline void bind_cuda_launchers(pybind11::module_& m) {
+inline void bind_launchers(pybind11::module_& m) {
   using pybind11::arg;
   using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("cuda_attention_fwd", cuda_attention_fwd, release_gil(), arg("q"), arg("k"), arg("v"),
+  m.def("attention_fwd", attention_fwd, release_gil(), arg("q"), arg("k"), arg("v"),
         arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"),
         arg("alibi_slopes"), arg("sink"), arg("out"), arg("lse"), arg("softmax_scale"),
-        arg("causal"), arg("window_left"), arg("window_right"), arg("softcap"), arg("stream") = 0);
+        arg("causal") = false, arg("window_left") = -1, arg("window_right") = -1,
+        arg("softcap") = 0.0, arg("stream") = 0);
+  m.def("rms_norm_fwd", rms_norm_fwd, release_gil(), arg("x"), arg("weight"), arg("residual"),
+        arg("y"), arg("residual_out"), arg("rstd"), arg("eps"), arg("weight_offset") = 0.0,
+        arg("stream") = 0);
+  m.def("rms_norm_bwd", rms_norm_bwd, release_gil(), arg("dy"), arg("dh"), arg("h"), arg("weight"),
+        arg("rstd"), arg("dx"), arg("dweight"), arg("partials"), arg("weight_offset") = 0.0,
+        arg("stream") = 0);
+  m.def("rms_norm_bwd_partials", rms_norm_bwd_partials, arg("h"));
+  m.def("rope", rope, release_gil(), arg("q"), arg("k"), arg("cos"), arg("sin"), arg("positions"),
+        arg("q_out"), arg("k_out"), arg("interleaved") = false, arg("inverse") = false,
+        arg("stream") = 0);
 }
 
-}  // namespace ceg
+}  // namespace ceg::cuda

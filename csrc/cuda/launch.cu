@@ -3,9 +3,19 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../check.h"
+
 namespace ceg {
 
 #ifdef CEG_CUDA_SIM
+
+Device launch_device(const char* name, const Tensor& t) {
+  CEG_CHECK(t.device.type == kCpu, name, " must be on cpu, got ", text(t.device));
+  return t.device;
+}
+
+OnDevice::OnDevice(const Device&) : before_(0) {}
+OnDevice::~OnDevice() = default;
 
 int multiprocessors() { return sim::device().multiprocessors; }
 size_t shared_memory_limit() { return sim::device().shared_limit; }
@@ -30,6 +40,20 @@ int attribute(cudaDeviceAttr which) {
 }
 
 }  // namespace
+
+Device launch_device(const char* name, const Tensor& t) {
+  CEG_CHECK(t.device.type == kCuda, name, " must be on a GPU, got ", text(t.device));
+  return t.device;
+}
+
+OnDevice::OnDevice(const Device& device) : before_(device.index) {
+  check(cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ != device.index) check(cudaSetDevice(device.index), "cudaSetDevice");
+}
+OnDevice::~OnDevice() {
+  int now = before_;
+  if (cudaGetDevice(&now) == cudaSuccess && now != before_) cudaSetDevice(before_);
+}
 
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 size_t shared_memory_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }

@@ -10,17 +10,26 @@
 
 namespace ceg {
 
-#ifdef CEG_CUDA_SIM
-constexpr int kLaunchDevice = kCpu;  // where a launcher's arrays have to be
-#else
-constexpr int kLaunchDevice = kCuda;
-#endif
-
 struct Launch {
   const char* name;  // of the kernel
   dim3 grid, block;
   size_t shared_bytes = 0;  // dynamic
   uintptr_t stream = 0;     // a cudaStream_t, of the current device
+};
+
+// Where the arrays beside `t` have to be; an error where that is not a GPU.
+Device launch_device(const char* name, const Tensor& t);
+
+// Makes a device the current one for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Device& device);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_;
 };
 
 // Of the current device.

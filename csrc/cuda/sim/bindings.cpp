@@ -29,5 +29,5 @@ PYBIND11_MODULE(CEG_MODULE, m) {
         arg("shared_limit") = standard.shared_limit, arg("order") = "forward");
   m.def("selftest", ceg::sim::selftest, arg("kernel"), arg("out"), arg("shared_bytes") = 0);
   m.def("through_16_bits", ceg::sim::through_16_bits, arg("value"), arg("type"));
-  ceg::bind_cuda_launchers(m);
+  ceg::cuda::bind_launchers(m);
 }

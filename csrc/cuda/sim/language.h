@@ -96,6 +96,7 @@ inline float rsqrtf(float x) { return static_cast<float>(1 / std::sqrt(static_ca
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __frsqrt_rn(float x) { return rsqrtf(x); }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
