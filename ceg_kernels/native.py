@@ -97,6 +97,10 @@ class Cpu:
         """A small parameter beside data of this dtype, as the kernels take it."""
         return as_math(t, dtype)
 
+    def rows(self, t: torch.Tensor) -> torch.Tensor:
+        """`t` itself where the attention kernels can read its rows as they lie, else a copy."""
+        return unit_stride(t)
+
     def workspace(self, name: str, t: torch.Tensor, wanted: bool) -> tuple:
         """What the launcher `name` takes, beyond its outputs, for sums over the rows of t."""
         return ()
@@ -116,6 +120,11 @@ class Cuda:
     def parameter(self, t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         # The kernels widen it themselves, which saves a launch.
         return None if t is None else dense(t)
+
+    def rows(self, t: torch.Tensor) -> torch.Tensor:
+        # In aligned pieces of 16 bytes.
+        pieces = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        return t if t.stride(-1) == 1 and pieces and t.data_ptr() % 16 == 0 else dense(t)
 
     def workspace(self, name: str, t: torch.Tensor, wanted: bool) -> tuple:
         if not wanted:

@@ -1,8 +1,7 @@
 // Launchers of attention on a GPU: check the arguments, say what the kernels need, run them.
 #include "attention.h"
 
-#include <cmath>
-
+#include "../attention_inputs.h"
 #include "../check.h"
 #include "launch.h"
 
@@ -11,19 +10,34 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// What both directions take.
-struct Inputs {
-  const Tensor &q, &k, &v;
-  const Optional &cu_seqlens_q, &cu_seqlens_k;
-  int64_t max_seqlen_q, max_seqlen_k;
-  const Optional &alibi_slopes, &sink;
-  double softmax_scale;
-  bool causal;
-  int64_t window_left, window_right;
-  double softcap;
+// Rows are read and written in pieces of 16 bytes.
+void check_aligned(const char* name, const Tensor& t) {
+  constexpr int kItems = 8, kBytes = 16;
+  const int64_t width = t.shape[t.ndim - 1];
+  CEG_CHECK(width % kItems == 0, name, " must have a head_dim divisible by ", kItems, ", got ",
+            width);
+  if (t.numel() == 0) return;
+  for (int i = 0; i < t.ndim - 1; ++i) {
+    CEG_CHECK(t.shape[i] <= 1 || t.stride[i] % kItems == 0, name,
+              " must have strides divisible by ", kItems, ", got ", t.stride[i], " in dimension ",
+              i);
+  }
+  CEG_CHECK(reinterpret_cast<uintptr_t>(t.data) % kBytes == 0, name,
+            " must start at a multiple of ", kBytes, " bytes, got ", t.data);
+}
 
-  bool varlen() const { return cu_seqlens_q.has_value(); }
-};
+void check(const AttentionInputs& in) {
+  in.check(launch_device("q", in.q), {DType::bf16, DType::f16});
+  check_aligned("q", in.q);
+  check_aligned("k", in.k);
+  check_aligned("v", in.v);
+  for (const auto& [name, length] : {std::pair{"q", in.max_q()}, {"k", in.max_k()}}) {
+    CEG_CHECK(length >= 0 && length <= kUnbounded, name, " must have at most ", kUnbounded,
+              " positions a sequence, got ", length);
+  }
+  const int64_t heads = in.batch() * in.heads();
+  CEG_CHECK(heads <= INT32_MAX, "q must have at most 2^31 - 1 heads in all, got ", heads);
+}
 
 // (B, T, H, D), or (total, H, D) without the batch.
 View view_of(const Tensor& t, bool varlen) {
@@ -37,16 +51,15 @@ View row_view_of(const Tensor& t, bool varlen) {
   return {t.data, t.stride[0], t.stride[2], t.stride[1]};
 }
 
-Attention problem_of(const Inputs& in) {
-  const int axis = in.varlen() ? 1 : 2;  // of heads
+Attention problem_of(const AttentionInputs& in) {
   Attention p = {};
-  p.batch = static_cast<int>(in.varlen() ? in.cu_seqlens_q->shape[0] - 1 : in.q.shape[0]);
-  p.heads = static_cast<int>(in.q.shape[axis]);
-  p.kv_heads = static_cast<int>(in.k.shape[axis]);
-  p.head_dim = static_cast<int>(in.q.shape[axis + 1]);
-  p.value_dim = static_cast<int>(in.v.shape[axis + 1]);
-  p.max_q = static_cast<int>(in.varlen() ? in.max_seqlen_q : in.q.shape[1]);
-  p.max_k = static_cast<int>(in.varlen() ? in.max_seqlen_k : in.k.shape[1]);
+  p.batch = static_cast<int>(in.batch());
+  p.heads = static_cast<int>(in.heads());
+  p.kv_heads = static_cast<int>(in.kv_heads());
+  p.head_dim = static_cast<int>(in.head_dim());
+  p.value_dim = static_cast<int>(in.value_dim());
+  p.max_q = static_cast<int>(in.max_q());
+  p.max_k = static_cast<int>(in.max_k());
   if (in.varlen()) {
     p.cu_q = in.cu_seqlens_q->ptr<const int32_t>();
     p.cu_k = in.cu_seqlens_k->ptr<const int32_t>();
@@ -59,11 +72,15 @@ Attention problem_of(const Inputs& in) {
   p.scale = static_cast<float>(in.softmax_scale);
   p.softcap = static_cast<float>(in.softcap);
   if (in.alibi_slopes) {
-    p.slopes = in.alibi_slopes->ptr<const float>();
-    p.slopes_batch = in.alibi_slopes->ndim == 2 ? in.alibi_slopes->stride[0] : 0;
+    const Tensor& t = *in.alibi_slopes;
+    p.slopes = t.ptr<const float>();
+    p.slopes_batch = t.ndim == 2 ? t.stride[0] : 0;
+    p.slopes_head = t.stride[t.ndim - 1];
   }
-  if (in.sink) p.sink = in.sink->ptr<const float>();
-
+  if (in.sink) {
+    p.sink = in.sink->ptr<const float>();
+    p.sink_head = in.sink->stride[0];
+  }
   const auto split = [](double factor) {
     const float high = static_cast<float>(factor);
     return ToNatural{high, static_cast<float>(factor - high)};
@@ -93,20 +110,27 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
                    const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
                    const Tensor& lse, double softmax_scale, bool causal, int64_t window_left,
                    int64_t window_right, double softcap, uintptr_t stream) {
-  const Inputs in = {q,
-                     k,
-                     v,
-                     cu_seqlens_q,
-                     cu_seqlens_k,
-                     max_seqlen_q,
-                     max_seqlen_k,
-                     alibi_slopes,
-                     sink,
-                     softmax_scale,
-                     causal,
-                     window_left,
-                     window_right,
-                     softcap};
+  const AttentionInputs in = {q,
+                              k,
+                              v,
+                              cu_seqlens_q,
+                              cu_seqlens_k,
+                              max_seqlen_q,
+                              max_seqlen_k,
+                              alibi_slopes,
+                              sink,
+                              softmax_scale,
+                              causal,
+                              window_left,
+                              window_right,
+                              softcap};
+  check(in);
+  in.check_out_like("out", out);
+  check_output("out", out, q.device);
+  check_aligned("out", out);
+  in.check_row_stat("lse", lse);
+
+  const OnDevice guard(q.device);
   AttentionFwd args = {};
   args.problem = problem_of(in);
   args.q = view_of(q, in.varlen());

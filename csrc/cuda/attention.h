@@ -33,9 +33,10 @@ struct Attention {
   // exponent of a power of 2. From both to natural logits.
   float to_log2;
   ToNatural of_score, of_log2;
-  const float* slopes;  // (B, H) with slopes_batch between sequences, or null
-  int64_t slopes_batch;
-  const float* sink;  // (H,), or null
+  const float* slopes;                // (B, H), or null
+  int64_t slopes_batch, slopes_head;  // strides
+  const float* sink;                  // (H,), or null
+  int64_t sink_head;
 
   CEG_HOST_DEVICE int group() const { return heads / kv_heads; }
   // Nothing but the scale stands between q.k and the softmax, and the maximum commutes with it.

@@ -7,8 +7,8 @@
 // probabilities and these the next product's operand without leaving registers.
 #include <type_traits>
 
+#include "attention_launch.h"
 #include "attention_tile.h"
-#include "launch.h"
 
 namespace ceg::cuda {
 namespace {
@@ -207,7 +207,8 @@ __global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kB
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float row_lse;
-      softmax.finish(m, half, p, p.sink ? p.sink + same.h : nullptr, factor[m][half], row_lse);
+      softmax.finish(m, half, p, p.sink ? p.sink + same.h * p.sink_head : nullptr, factor[m][half],
+                     row_lse);
       const int i = own_row + row_of(lane, m, 2 * half);
       if (lane % 4 == 0 && i < rows) lse[i * args.lse.row] = row_lse;
     }
@@ -217,37 +218,18 @@ __global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kB
                                p.value_dim);
 }
 
-template <class T, int kD>
-void launch_tile(const AttentionFwd& args, uintptr_t stream) {
-  using Tile = ForwardTile<kD>;
-  AttentionFwd a = args;
-  const Attention& p = args.problem;
-  a.schedule.tiles = (p.max_q + Tile::kM - 1) / Tile::kM;
-  const Launch at = {"attention_fwd_kernel", static_cast<unsigned>(a.schedule.blocks()),
-                     Tile::kThreads, Tile::kSharedBytes, stream};
-  launch(at, p.plain() ? attention_fwd_kernel<T, kD, true> : attention_fwd_kernel<T, kD, false>, a);
-}
-
-template <class T>
-void launch_type(const AttentionFwd& args, uintptr_t stream) {
-  const int width = most(args.problem.head_dim, args.problem.value_dim);
-  if (width <= 64) {
-    launch_tile<T, 64>(args, stream);
-  } else if (width <= 128) {
-    launch_tile<T, 128>(args, stream);
-  } else {
-    launch_tile<T, 256>(args, stream);
-  }
-}
-
 }  // namespace
 
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream) {
-  if (dtype == DType::bf16) {
-    launch_type<bf16>(args, stream);
-  } else {
-    launch_type<f16>(args, stream);
-  }
+  with_tile(dtype, args.problem, [&](auto item, auto head) {
+    using T = decltype(item);
+    constexpr int kD = decltype(head)::kWidth;
+    launch_tiles<ForwardTile<kD>>("attention_fwd_kernel",
+                                  args.problem.plain() ? attention_fwd_kernel<T, kD, true>
+                                                       : attention_fwd_kernel<T, kD, false>,
+                                  args, &AttentionFwd::schedule, args.problem.max_q,
+                                  ForwardTile<kD>::kM, stream);
+  });
 }
 
 }  // namespace ceg::cuda

@@ -217,7 +217,7 @@ struct Logit {
       : scale(p.scale),
         cap(p.softcap),
         cap_in(p.softcap > 0 ? p.scale / p.softcap : 0),
-        slope(p.slopes ? p.slopes[b * p.slopes_batch + h] : 0) {}
+        slope(p.slopes ? p.slopes[b * p.slopes_batch + h * p.slopes_head] : 0) {}
 
   // tanh: for the softcap's derivative, 0 without one.
   __device__ __forceinline__ float of(float dot, int distance, float& tanh) const {
