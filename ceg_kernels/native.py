@@ -105,6 +105,10 @@ class Cpu:
         """What the launcher `name` takes, beyond its outputs, for sums over the rows of t."""
         return ()
 
+    def beside(self, t: torch.Tensor) -> tuple:
+        """Scratch in the shape of t for a launcher that does not allocate its own."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Cuda:
@@ -131,6 +135,9 @@ class Cuda:
             return (None,)
         rows = getattr(self._launchers(), f"{name}_partials")(t)
         return (t.new_empty(rows, t.shape[-1], dtype=torch.float32),)
+
+    def beside(self, t: torch.Tensor) -> tuple:
+        return (t.new_empty(t.shape),)
 
     def _launchers(self) -> Any:
         return _C.cuda if self.module is None else self.module

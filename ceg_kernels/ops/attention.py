@@ -250,17 +250,18 @@ def run_native(
     return out, lse
 
 
-def run_cpu_backward(
+def run_native_backward(
     dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k,
-    slopes, sink, scale, causal, left, right, softcap, *, isa="",
+    slopes, sink, scale, causal, left, right, softcap, *, launch,
 ):  # fmt: skip
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dsink = None if sink is None else lse.new_empty(sink.shape)
-    dout, q, k, v, out = map(native.unit_stride, (dout, q, k, v, out))
-    native._C.attention_bwd(
-        dout, None if dlse is None else native.dense(dlse), q, k, v, out, native.dense(lse), cu_q,
-        cu_k, max_q, max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype), dq, dk,
-        dv, dsink, scale, causal, left, right, softcap, torch.get_num_threads(), isa,
+    dout, q, k, v, out = map(launch.rows, (dout, q, k, v, out))
+    lse = native.dense(lse)
+    launch(
+        "attention_bwd", dout, None if dlse is None else native.dense(dlse), q, k, v, out, lse,
+        cu_q, cu_k, max_q, max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype),
+        dq, dk, dv, dsink, *launch.beside(lse), scale, causal, left, right, softcap,
     )  # fmt: skip
     return dq, dk, dv, lse.new_zeros(0) if dsink is None else dsink
 
@@ -378,9 +379,11 @@ ATTENTION_BACKWARD = Op(
     samples=samples_backward,
     shapes={name: _shape_backward(shape) for name, shape in SHAPES.items()},
     backends=(
-        *native.cpu_backends(
-            run_cpu_backward,
+        *native.native_backends(
+            "attention_backward",
+            run_native_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: refuses(q, k, v, *tail),
+            lambda dout, dlse, q, k, v, out, lse, *tail: cuda_refuses(q, k, v, *tail),
         ),
         Backend(
             "torch",

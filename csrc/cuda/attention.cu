@@ -142,4 +142,74 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   attention_sm80_fwd(args, q.dtype, stream);
 }
 
+void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, const Tensor& k,
+                   const Tensor& v, const Tensor& out, const Tensor& lse,
+                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const Optional& alibi_slopes, const Optional& sink,
+                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Optional& dsink,
+                   const Tensor& delta, double softmax_scale, bool causal, int64_t window_left,
+                   int64_t window_right, double softcap, uintptr_t stream) {
+  const AttentionInputs in = {q,
+                              k,
+                              v,
+                              cu_seqlens_q,
+                              cu_seqlens_k,
+                              max_seqlen_q,
+                              max_seqlen_k,
+                              alibi_slopes,
+                              sink,
+                              softmax_scale,
+                              causal,
+                              window_left,
+                              window_right,
+                              softcap};
+  check(in);
+  in.check_out_like("dout", dout);
+  in.check_out_like("out", out);
+  in.check_row_stat("lse", lse);
+  in.check_row_stat("delta", delta);
+  if (dlse) in.check_row_stat("dlse", *dlse);
+  in.check_gradient("dq", dq, "q", q);
+  in.check_gradient("dk", dk, "k", k);
+  in.check_gradient("dv", dv, "v", v);
+  for (const auto& [name, t] :
+       {std::pair{"dout", &dout}, {"out", &out}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv}}) {
+    check_aligned(name, *t);
+  }
+  if (dsink) {
+    CEG_CHECK(sink.has_value(), "dsink must be None without a sink, got a tensor");
+    in.check_gradient("dsink", *dsink, "sink", *sink);
+    CEG_CHECK(dsink->shape[0] <= 1 || dsink->stride[0] == 1, "dsink must be dense, got stride ",
+              dsink->stride[0]);
+  }
+  const int64_t rows = in.varlen() ? q.shape[0] : q.shape[1];
+  CEG_CHECK(rows <= INT32_MAX, "q must have at most 2^31 - 1 rows, got ", rows);
+
+  const OnDevice guard(q.device);
+  const bool varlen = in.varlen();
+  AttentionBwd args = {};
+  args.problem = problem_of(in);
+  args.dout = view_of(dout, varlen);
+  args.q = view_of(q, varlen);
+  args.k = view_of(k, varlen);
+  args.v = view_of(v, varlen);
+  args.out = view_of(out, varlen);
+  args.dq = view_of(dq, varlen);
+  args.dk = view_of(dk, varlen);
+  args.dv = view_of(dv, varlen);
+  args.lse = row_view_of(lse, varlen);
+  args.delta = row_view_of(delta, varlen);
+  if (dlse) args.dlse = row_view_of(*dlse, varlen);
+  args.rows = static_cast<int>(rows);
+  args.of_keys = schedule_of(args.problem, false);
+  args.of_queries = schedule_of(args.problem, true);
+  attention_delta(args, q.dtype, stream);
+  if (dsink) {
+    args.dsink = dsink->ptr<float>();
+    attention_dsink(args, stream);
+  }
+  attention_sm80_dkdv(args, q.dtype, stream);
+  attention_sm80_dq(args, q.dtype, stream);
+}
+
 }  // namespace ceg::cuda

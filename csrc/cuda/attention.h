@@ -52,19 +52,35 @@ struct AttentionFwd {
 struct AttentionBwd {
   Attention problem;
   View dout, q, k, v, out, lse, dlse, delta, dq, dk, dv;
-  float* dsink;  // (H,), or null
+  float* dsink;  // (H,), dense, or null
+  int rows;      // of all sequences where they are packed, else of one
   Schedule of_keys, of_queries;
 };
 
 // Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
-void attention_sm80_bwd(const AttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_sm80_dq(const AttentionBwd& args, DType dtype, uintptr_t stream);
+// delta = rowsum(dout * out) - dlse, and with it dsink (attention_bwd_rows.cu).
+void attention_delta(const AttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_dsink(const AttentionBwd& args, uintptr_t stream);
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                    const std::optional<Tensor>& cu_seqlens_q,
                    const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
                    int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
                    const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
+                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                   double softcap, uintptr_t stream);
+
+// delta: a float for each of lse's, written and read on the way.
+void attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                   const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+                   const std::optional<Tensor>& sink, const Tensor& dq, const Tensor& dk,
+                   const Tensor& dv, const std::optional<Tensor>& dsink, const Tensor& delta,
                    double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
                    double softcap, uintptr_t stream);
 

@@ -12,24 +12,24 @@ struct HeadTile {
   static constexpr int kWidth = kD;
 };
 
-// f(item, HeadTile) for the items' type and the narrowest tile that holds a head.
+// f(item, HeadTile, plain) for the items' type, the narrowest tile that holds a head, and whether
+// the problem is plain: the template arguments of every attention kernel.
 template <class F>
 void with_tile(DType dtype, const Attention& p, F f) {
+  const auto of_logits = [&](auto item, auto head) {
+    p.plain() ? f(item, head, std::true_type{}) : f(item, head, std::false_type{});
+  };
   const auto of_type = [&](auto item) {
     const int width = most(p.head_dim, p.value_dim);
     if (width <= 64) {
-      f(item, HeadTile<64>{});
+      of_logits(item, HeadTile<64>{});
     } else if (width <= 128) {
-      f(item, HeadTile<128>{});
+      of_logits(item, HeadTile<128>{});
     } else {
-      f(item, HeadTile<256>{});
+      of_logits(item, HeadTile<256>{});
     }
   };
-  if (dtype == DType::bf16) {
-    of_type(bf16{});
-  } else {
-    of_type(f16{});
-  }
+  dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
 }
 
 // One block of Tile::kThreads for each tile of `rows` positions of each head; Arguments have the

@@ -221,14 +221,12 @@ __global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kB
 }  // namespace
 
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream) {
-  with_tile(dtype, args.problem, [&](auto item, auto head) {
+  with_tile(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
-    launch_tiles<ForwardTile<kD>>("attention_fwd_kernel",
-                                  args.problem.plain() ? attention_fwd_kernel<T, kD, true>
-                                                       : attention_fwd_kernel<T, kD, false>,
-                                  args, &AttentionFwd::schedule, args.problem.max_q,
-                                  ForwardTile<kD>::kM, stream);
+    using Tile = ForwardTile<kD>;
+    launch_tiles<Tile>("attention_fwd_kernel", attention_fwd_kernel<T, kD, plain.value>, args,
+                       &AttentionFwd::schedule, args.problem.max_q, Tile::kM, stream);
   });
 }
 

@@ -248,15 +248,14 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kRows][kColumns / 
                                            int width) {
   using Layout = Swizzle<kD>;
   const int lane = thread_index() % kWarp;
+  const SharedAddress at = tile + Layout::offset(row + lane / 4, column / 8);
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int offset =
-            Layout::offset(row + row_of(lane, m, 2 * h), column / 8 + n) + lane % 4 * 4;
-        *shared_pointer<uint32_t>(tile + offset) =
+        *shared_pointer<uint32_t>(Layout::moved(at, 16 * m + 8 * h, n) + lane % 4 * 4) =
             pack<T>(acc[m][n][2 * h] * factor[m][h], acc[m][n][2 * h + 1] * factor[m][h]);
       }
     }

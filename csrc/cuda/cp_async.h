@@ -19,6 +19,7 @@ namespace sim {
 
 struct PendingCopy {
   void* to;
+  size_t size;
   unsigned char bytes[16];
 };
 
@@ -27,22 +28,30 @@ struct PendingCopies {
   std::deque<std::vector<PendingCopy>> groups;
 };
 
-}  // namespace sim
-
 // A copy may land at any time until it is waited for. With threads in reverse order it lands at
 // once, which shows who still reads what it overwrites; else as late as possible, which shows who
 // reads too early.
-inline void cp_async_16(SharedAddress address, const void* from, bool there) {
+template <size_t kBytes>
+void cp_async(SharedAddress address, const void* from, bool there) {
   void* const to = reinterpret_cast<void*>(address);
-  sim::check_aligned(to, 16);
-  if (there) sim::check_aligned(from, 16);
-  sim::PendingCopy copy = {to, {}};
-  if (there) std::memcpy(copy.bytes, from, 16);
-  if (sim::device().order == sim::Order::reverse) {
-    std::memcpy(to, copy.bytes, 16);
+  check_aligned(to, kBytes);
+  if (there) check_aligned(from, kBytes);
+  PendingCopy copy = {to, kBytes, {}};
+  if (there) std::memcpy(copy.bytes, from, kBytes);
+  if (device().order == Order::reverse) {
+    std::memcpy(to, copy.bytes, kBytes);
   } else {
-    sim::thread_state<sim::PendingCopies>().open.push_back(copy);
+    thread_state<PendingCopies>().open.push_back(copy);
   }
+}
+
+}  // namespace sim
+
+inline void cp_async_16(SharedAddress to, const void* from, bool there) {
+  sim::cp_async<16>(to, from, there);
+}
+inline void cp_async_4(SharedAddress to, const void* from, bool there) {
+  sim::cp_async<4>(to, from, there);
 }
 
 inline void cp_async_commit() {
@@ -55,7 +64,9 @@ template <int kGroups>
 void cp_async_wait() {
   auto& groups = sim::thread_state<sim::PendingCopies>().groups;
   for (; groups.size() > kGroups; groups.pop_front()) {
-    for (const sim::PendingCopy& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
+    for (const sim::PendingCopy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.bytes, copy.size);
+    }
   }
 }
 
@@ -70,6 +81,13 @@ inline void cp_async_wait_all() {
 __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(there ? 16 : 0)
+               : "memory");
+}
+
+// 4 bytes, which only the path through L1 takes.
+__device__ __forceinline__ void cp_async_4(SharedAddress to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 4 : 0)
                : "memory");
 }
 

@@ -21,9 +21,9 @@ struct Swizzle {
     return row * kRowBytes + (chunk ^ (row % 8)) * 16;
   }
 
-  // From the address of (row, chunk) to that of (row + rows, chunk + chunks), for chunk < 2, rows a
-  // multiple of 8 and chunks of 2: an XOR and a constant, so that a lane keeps a single address for
-  // all that it reads of a tile.
+  // From the address of (row, chunk) to that of (row + rows, chunk + chunks), for rows a multiple
+  // of 8 and chunk % 8 == 0, or 1 and chunks even: an XOR and a constant, so that a lane keeps a
+  // single address for all that it has of a tile.
   template <class Address>
   __host__ __device__ static constexpr Address moved(Address from, int rows, int chunks) {
     return (from ^ static_cast<Address>(chunks % 8 * 16)) + chunks / 8 * 128 + rows * kRowBytes;
