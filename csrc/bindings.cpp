@@ -10,7 +10,9 @@
 #include "cpu/rope.h"
 #include "python_tensor.h"
 #ifdef CEG_HAS_CUDA
+#include "cuda/bindings.h"
 #include "cuda/device.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace py = pybind11;
@@ -45,6 +47,20 @@ py::object cuda_device_list() {
 #endif
 }
 
+#ifdef CEG_HAS_CUDA
+py::list kernel_attributes_list() {
+  py::list kernels;
+  for (const cuda::KernelAttributes& k : cuda::kernel_attributes()) {
+    kernels.append(py::dict(arg("kernel") = k.name, arg("registers") = k.registers,
+                            arg("threads") = k.threads, arg("spill_bytes") = k.spill_bytes,
+                            arg("shared_bytes") = k.shared_bytes,
+                            arg("blocks_per_multiprocessor") = k.blocks_per_multiprocessor,
+                            arg("occupancy") = k.occupancy, arg("binary_arch") = k.binary_arch));
+  }
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -54,6 +70,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info_dict);
   m.def("isa_levels", isa_levels);
   m.def("cuda_devices", cuda_device_list);
+#ifdef CEG_HAS_CUDA
+  py::module_ on_gpu = m.def_submodule("cuda", "launchers on arrays of a GPU");
+  cuda::bind_launchers(on_gpu);
+  on_gpu.def("kernel_attributes", kernel_attributes_list);
+#endif
 
   m.def("fma_flops", fma_flops, release_gil(), arg("dtype"), arg("threads") = 0,
         arg("seconds") = 0.2, arg("isa") = "");

@@ -5,9 +5,12 @@ And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
+import cuda_sim
 import numpy as np
 import pytest
 import torch
@@ -42,6 +45,20 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def module() -> Iterator[ModuleType]:
+    """The simulator of the CUDA kernels, with its standard device."""
+    loaded = cuda_sim.load()
+    yield loaded
+    loaded.set_device()
+
+
+@pytest.fixture
+def sim(module: ModuleType) -> Callable[[str], Any]:
+    """`sim(op)`: the op's backend `cuda`, run by the simulator."""
+    return functools.partial(cuda_sim.backend, module)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ need a process of their own, because the sanitizer has to be loaded before every
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -18,6 +19,11 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import pytest
+
+from ceg_kernels import OPS, native
+from ceg_kernels.op import Backend
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / f"sim-{sysconfig.get_config_var('SOABI')}"
@@ -38,6 +44,18 @@ def missing() -> str | None:
 def _tool(name: str) -> str | None:
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)
+
+
+needed = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def backend(module: ModuleType, op: str) -> Backend:
+    """The backend `cuda` of an op, run by the simulator on any tensors of the CPU."""
+    real = OPS[op].backend("cuda")
+    run = functools.partial(real.run.func, launch=native.Cuda(module))
+    return dataclasses.replace(
+        real, run=run, why_not=lambda *args: None, unproven=lambda *args: None
+    )
 
 
 @functools.cache
@@ -67,7 +85,7 @@ def _run(command: list[str], **environment: str) -> None:
 
 @functools.cache
 def load(name: str = "_sim") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, build(name))
+    spec = importlib.util.spec_from_file_location("_sim", build(name))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,14 +6,12 @@ which a GPU runs blocks at the same time. The grid runs with threads in forward 
 reverse: outputs with other bits mean that some thread reads what another has yet to write.
 """
 
-import dataclasses
-from functools import partial
-
 import cuda_sim
 import numpy as np
 import pytest
 import torch
 from numerics import as_tuple, compare, error_over_slack
+from torch.library import opcheck
 
 import ceg_kernels
 from ceg_kernels import OPS, explain, native, rope_table, use_backend
@@ -27,27 +25,7 @@ ON_CUDA = [
     if "cuda" in [b.name for b in op.backends] and "attention" not in op.name
 ]
 
-needs_simulator = pytest.mark.skipif(cuda_sim.missing() is not None, reason=str(cuda_sim.missing()))
-
-
-@pytest.fixture(scope="session")
-def module():
-    return cuda_sim.load()
-
-
-@pytest.fixture
-def sim(module):
-    """`backend(op)`: its cuda backend, run by the simulator."""
-    yield partial(simulated, module)
-    module.set_device()
-
-
-def simulated(module, op):
-    backend = OPS[op].backend("cuda")
-    run = partial(backend.run.func, launch=native.Cuda(module))
-    return dataclasses.replace(
-        backend, run=run, why_not=lambda *args: None, unproven=lambda *args: None
-    )
+needs_simulator = cuda_sim.needed
 
 
 @pytest.fixture
@@ -141,6 +119,20 @@ def test_the_gradient_goes_through_the_kernels(as_cuda):
         grads[backend] = torch.autograd.grad(out, (q, weight), upstream)
     for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@needs_simulator
+@pytest.mark.parametrize("op", ON_CUDA, ids=lambda op: op.name)
+def test_opcheck_and_what_the_fakes_promise(as_cuda, op):
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    for sample in list(op.samples(torch.float32, "cpu"))[::4]:
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]
+        with use_backend("cuda"):
+            result = opcheck(op.overload, sample.args, test_utils=tests, raise_exception=False)
+            outs = as_tuple(op(*sample.args))
+        assert set(result.values()) == {"SUCCESS"}, (sample.name, result)
+        for out, fake in zip(outs, as_tuple(op.fake(*meta)), strict=True):
+            assert (out.shape, out.dtype) == (fake.shape, fake.dtype), sample.name
 
 
 @needs_simulator
@@ -247,8 +239,28 @@ def test_what_is_validated_names_ops_that_are_there():
             assert {"gpu", "commit"} <= set(record)
 
 
-@pytest.mark.skipif(not hasattr(native._C, "cuda"), reason="built without CUDA")
+with_cuda = pytest.mark.skipif(not hasattr(native._C, "cuda"), reason="built without CUDA")
+
+
+@with_cuda
 def test_the_real_launchers_refuse_arrays_that_are_not_on_a_gpu():
-    x = np.zeros((2, 8), np.float32)
+    x, rstd = np.zeros((2, 8), np.float32), np.zeros(2, np.float32)
     with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
-        native._C.cuda.rms_norm_fwd(x, None, None, x, None, np.zeros(2, np.float32), 1e-6)
+        native._C.cuda.rms_norm_fwd(x, None, None, x, None, rstd, 1e-6)
+    with pytest.raises(ValueError, match="h must be on a GPU, got cpu"):
+        native._C.cuda.rms_norm_bwd(x, None, x, None, rstd, x, None, None)
+    q, table = np.zeros((1, 2, 1, 8), np.float32), np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match="q must be on a GPU, got cpu"):
+        native._C.cuda.rope(q, None, table, table, None, q, None)
+
+
+@with_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_driver_s_reason_is_the_error():
+    x, rstd = (cuda_sim.Elsewhere(torch.zeros(*size), 2, 0) for size in ((2, 8), (2,)))
+    for call in (
+        lambda: native._C.cuda.rms_norm_fwd(x, None, None, x, None, rstd, 1e-6),
+        native._C.cuda.kernel_attributes,
+    ):
+        with pytest.raises(RuntimeError, match=r"CUDA driver|CUDA-capable device"):
+            call()

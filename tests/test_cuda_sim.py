@@ -5,40 +5,33 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(cuda_sim.missing() is not None, reason=str(cuda_sim.missing()))
+pytestmark = cuda_sim.needed
 ORDERS = ("forward", "reverse", "shuffled")
 
 
-@pytest.fixture
-def sim():
-    module = cuda_sim.load()
-    yield module
-    module.set_device()
-
-
-def run(sim, kernel, **options):
+def run(module, kernel, **options):
     out = np.zeros(96, np.float32)
-    sim.selftest(kernel, out, **options)
+    module.selftest(kernel, out, **options)
     return out
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_shuffles_shared_memory_and_barriers(sim, order):
-    sim.set_device(order=order)
-    assert (run(sim, "block_sum") == sum(range(96))).all()
+def test_shuffles_shared_memory_and_barriers(module, order):
+    module.set_device(order=order)
+    assert (run(module, "block_sum") == sum(range(96))).all()
 
 
-def test_a_missing_barrier_shows(sim):
+def test_a_missing_barrier_shows(module):
     wrong = {}
     for order in ORDERS:
-        sim.set_device(order=order)
-        wrong[order] = np.isnan(run(sim, "missing_barrier"))
+        module.set_device(order=order)
+        wrong[order] = np.isnan(run(module, "missing_barrier"))
     assert all(found.any() for found in wrong.values())
     assert (wrong["forward"] != wrong["reverse"]).all()  # a half of the threads each
 
 
-def test_shared_memory_that_nobody_wrote_is_nan_in_every_block(sim):
-    assert np.isnan(run(sim, "unwritten_shared")).all()
+def test_shared_memory_that_nobody_wrote_is_nan_in_every_block(module):
+    assert np.isnan(run(module, "unwritten_shared")).all()
 
 
 @pytest.mark.parametrize(
@@ -52,27 +45,27 @@ def test_shared_memory_that_nobody_wrote_is_nan_in_every_block(sim):
         ("beyond_dynamic_shared", "the launch asked for no dynamic shared memory"),
     ],
 )  # fmt: skip
-def test_what_would_hang_or_trap_is_an_exception(sim, kernel, text):
+def test_what_would_hang_or_trap_is_an_exception(module, kernel, text):
     with pytest.raises(RuntimeError, match=text):
-        run(sim, kernel)
-    assert (run(sim, "block_sum") == sum(range(96))).all()  # nothing of it stays
+        run(module, kernel)
+    assert (run(module, "block_sum") == sum(range(96))).all()  # nothing of it stays
 
 
-def test_a_launch_beyond_the_limits_of_the_gpu_is_refused(sim):
-    sim.set_device(shared_limit=1000)
+def test_a_launch_beyond_the_limits_of_the_gpu_is_refused(module):
+    module.set_device(shared_limit=1000)
     with pytest.raises(RuntimeError, match="block_sum: needs 1001 bytes of shared memory a block"):
-        run(sim, "block_sum", shared_bytes=1001)
+        run(module, "block_sum", shared_bytes=1001)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_conversions_to_16_bits_round_as_torch_does(sim, dtype):
+def test_conversions_to_16_bits_round_as_torch_does(module, dtype):
     special = [0.0, 1e-8, 2.98e-8, 2.99e-8, 6.1e-5, 6.0975e-5, 65504, 65519.9, 65520, 1e38, 3.39e38]
     special += [float("inf"), 1 + 2**-9, 1 + 3 * 2**-9, 1 + 2**-11, 1 + 3 * 2**-11]
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (3000,), generator=generator, dtype=torch.int32)
     values = torch.cat([torch.tensor(special), -torch.tensor(special), bits.view(torch.float32)])
     values = torch.cat([values, torch.randn(1000, generator=generator)])
-    ours = torch.tensor([sim.through_16_bits(v, str(dtype)[6:]) for v in values.tolist()])
+    ours = torch.tensor([module.through_16_bits(v, str(dtype)[6:]) for v in values.tolist()])
     assert torch.equal(ours.nan_to_num(7e37), values.to(dtype).float().nan_to_num(7e37))
 
 

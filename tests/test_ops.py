@@ -91,7 +91,9 @@ def test_opcheck(op, backend):
     ran = 0
     if backend.name == "triton" and triton.MISSING:
         pytest.skip(triton.MISSING)
-    device = TRITON_DEVICE if backend.name == "triton" else "cpu"
+    if backend.name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU; test_cuda.py has it in the simulator")
+    device = TRITON_DEVICE if backend.name in ("triton", "cuda") else "cpu"
     for i, sample in enumerate(op.samples(torch.float32, device)):
         skipped = i != 3 if level else i % 3
         if skipped or backend.why_not(*sample.args) is not None:
@@ -114,12 +116,13 @@ def test_the_gradient_of_an_empty_output_may_be_expanded():
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", "torch", "reference"])
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_fakes_promise_what_each_backend_returns(op, backend):
     if backend not in [b.name for b in op.backends]:
         pytest.skip(f"{op.name} has no backend {backend}")
-    for sample in op.samples(torch.float32, TRITON_DEVICE if backend == "triton" else "cpu"):
+    on_gpu = backend in ("cuda", "triton")
+    for sample in op.samples(torch.float32, TRITON_DEVICE if on_gpu else "cpu"):
         if op.backend(backend).why_not(*sample.args) is not None:
             continue
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]

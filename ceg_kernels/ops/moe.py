@@ -128,28 +128,25 @@ _SHAPES = {
 }
 
 
-def run_cpu_dispatch(x, sources, slots, *, isa=""):
+def run_native_dispatch(x, sources, slots, *, launch):
     x = native.unit_stride(x)
     out = x.new_empty((sources.numel(), x.shape[1]))
-    native._C.moe_dispatch(x, sources, slots.shape[1], out, torch.get_num_threads(), isa)
+    launch("moe_dispatch", x, sources, slots.shape[1], out)
     return out
 
 
-def run_cpu_combine(y, slots, sources, weights, *, isa=""):
+def run_native_combine(y, slots, sources, weights, *, launch):
     y = native.unit_stride(y)
     out = y.new_empty((slots.shape[0], y.shape[1]))
-    w = native.as_math(weights, y.dtype)
-    native._C.moe_combine(y, slots, w, out, torch.get_num_threads(), isa)
+    launch("moe_combine", y, slots, native.as_math(weights, y.dtype), out)
     return out
 
 
-def run_cpu_combine_backward(dout, y, slots, sources, weights, *, isa=""):
+def run_native_combine_backward(dout, y, slots, sources, weights, *, launch):
     dout, y = native.unit_stride(dout), native.unit_stride(y)
     w = native.dense(weights.to(native.math_dtype(y.dtype)))
     dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=w.dtype)
-    native._C.moe_combine_bwd(
-        dout, y, sources, slots, w, dy, dweights, torch.get_num_threads(), isa
-    )
+    launch("moe_combine_bwd", dout, y, sources, slots, w, dy, dweights)
     return dy, dweights.to(weights.dtype)
 
 
@@ -210,9 +207,9 @@ def backward_combine(ctx, dout):
     return dy, None, None, dweights
 
 
-def _backends(cpu, stock):
+def _backends(op, run, stock):
     # Stock torch moves tokens with the same indexing and sums as the reference.
-    return (*native.cpu_backends(cpu), Backend("torch", stock), Backend("reference", stock))
+    return (*native.native_backends(op, run), Backend("torch", stock), Backend("reference", stock))
 
 
 MOE_DISPATCH = Op(
@@ -223,7 +220,7 @@ MOE_DISPATCH = Op(
     cost=cost_dispatch,
     samples=samples_dispatch,
     shapes={name: shape["dispatch"] for name, shape in _SHAPES.items()},
-    backends=_backends(run_cpu_dispatch, reference_dispatch),
+    backends=_backends("moe_dispatch", run_native_dispatch, reference_dispatch),
     error_inputs=error_inputs_dispatch,
     save=save_dispatch,
     backward=backward_dispatch,
@@ -237,7 +234,7 @@ MOE_COMBINE = Op(
     cost=cost_combine,
     samples=samples_combine,
     shapes={name: shape["combine"] for name, shape in _SHAPES.items()},
-    backends=_backends(run_cpu_combine, reference_combine),
+    backends=_backends("moe_combine", run_native_combine, reference_combine),
     error_inputs=error_inputs_combine,
     save=save_combine,
     backward=backward_combine,
@@ -252,7 +249,9 @@ MOE_COMBINE_BACKWARD = Op(
     cost=cost_combine_backward,
     samples=samples_combine_backward,
     shapes={name: shape["combine_backward"] for name, shape in _SHAPES.items()},
-    backends=_backends(run_cpu_combine_backward, reference_combine_backward),
+    backends=_backends(
+        "moe_combine_backward", run_native_combine_backward, reference_combine_backward
+    ),
     fp32_reductions=(1,),
 )
 

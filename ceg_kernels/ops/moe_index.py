@@ -14,7 +14,7 @@ import torch
 
 from ceg_kernels import native
 from ceg_kernels.op import Backend, Cost, Op, Sample, Shape
-from ceg_kernels.ops.moe_route import check_expert_ids, count_tokens
+from ceg_kernels.ops.moe_route import check_expert_ids, count_tokens, too_many_experts
 
 # expert_ids: (N, K), slots: (N, K), sources: (N * K,), offsets: (E + 1,), all int32
 
@@ -75,14 +75,18 @@ def _shape(group: str, n: int, e: int, k: int) -> Shape:
     return Shape(group, lambda dtype, device: (random_ids(n, e, k, device), e, -1))
 
 
-def run_cpu(expert_ids, num_experts, capacity, *, isa=""):
+def run_native(expert_ids, num_experts, capacity, *, launch):
     slots = expert_ids.new_empty(expert_ids.shape)
     sources = expert_ids.new_empty(expert_ids.numel())
     offsets = expert_ids.new_empty(num_experts + 1)
-    native._C.moe_index(
-        native.dense(expert_ids), slots, sources, offsets, capacity, torch.get_num_threads(), isa
-    )
+    ids = native.dense(expert_ids)
+    counts = launch.workspace("moe_index", ids, num_experts, torch.int32)
+    launch("moe_index", ids, slots, sources, offsets, *counts, capacity)
     return slots, sources, offsets
+
+
+def cuda_why_not(expert_ids, num_experts, capacity):
+    return native.cuda_why_not(expert_ids) or too_many_experts(num_experts)
 
 
 def fake(expert_ids, num_experts, capacity):
@@ -104,7 +108,7 @@ MOE_INDEX = Op(
     },
     # The reference is what stock torch offers: a stable sort and index arithmetic.
     backends=(
-        *native.cpu_backends(run_cpu),
+        *native.native_backends("moe_index", run_native, cuda_refuses=cuda_why_not),
         Backend("torch", reference),
         Backend("reference", reference),
     ),

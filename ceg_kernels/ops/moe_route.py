@@ -141,27 +141,37 @@ SHAPES = {
 }
 
 
-def run_cpu(logits, bias, top_k, score, renormalize, *, isa=""):
+def run_native(logits, bias, top_k, score, renormalize, *, launch):
     logits = native.unit_stride(logits)
     (n, e), wide = logits.shape, native.math_dtype(logits.dtype)
     weights = logits.new_empty((n, top_k), dtype=wide)
     ids = logits.new_empty((n, top_k), dtype=torch.int32)
     counts = logits.new_empty(e, dtype=torch.int32)
-    native._C.moe_route(
-        logits, native.as_math(bias, logits.dtype), weights, ids, counts, score, renormalize,
-        torch.get_num_threads(), isa,
-    )  # fmt: skip
+    bias = native.as_math(bias, logits.dtype)
+    launch("moe_route", logits, bias, weights, ids, counts, score, renormalize)
     return weights, ids, counts
 
 
-def run_cpu_backward(dweights, logits, expert_ids, score, renormalize, *, isa=""):
+def run_native_backward(dweights, logits, expert_ids, score, renormalize, *, launch):
     logits = native.unit_stride(logits)
     dlogits = logits.new_empty(logits.shape)
-    native._C.moe_route_bwd(
-        native.as_math(dweights, logits.dtype), logits, native.dense(expert_ids), dlogits, score,
-        renormalize, torch.get_num_threads(), isa,
-    )  # fmt: skip
+    dweights, ids = native.as_math(dweights, logits.dtype), native.dense(expert_ids)
+    launch("moe_route_bwd", dweights, logits, ids, dlogits, score, renormalize)
     return dlogits
+
+
+def too_many_experts(experts: int) -> str | None:
+    """Why the CUDA kernels, which keep a row of experts in shared memory, refuse so many."""
+    most = 4096  # kMostExperts in csrc/cuda/moe.h
+    return f"needs at most {most} experts, got {experts}" if experts > most else None
+
+
+def cuda_why_not(logits, *rest):
+    return native.cuda_why_not(logits) or too_many_experts(logits.shape[1])
+
+
+def cuda_why_not_backward(dweights, logits, *rest):
+    return cuda_why_not(logits)
 
 
 def fake(logits, bias, top_k, score, renormalize):
@@ -226,7 +236,7 @@ MOE_ROUTE = Op(
     shapes=SHAPES,
     # torch.topk breaks ties as it likes, so stock torch's honest equivalent is the stable sort.
     backends=(
-        *native.cpu_backends(run_cpu),
+        *native.native_backends("moe_route", run_native, cuda_refuses=cuda_why_not),
         Backend("torch", reference),
         Backend("reference", reference),
     ),
@@ -245,7 +255,9 @@ MOE_ROUTE_BACKWARD = Op(
     samples=samples_backward,
     shapes={name: _shape_backward(shape) for name, shape in SHAPES.items()},
     backends=(
-        *native.cpu_backends(run_cpu_backward),
+        *native.native_backends(
+            "moe_route_backward", run_native_backward, cuda_refuses=cuda_why_not_backward
+        ),
         Backend("torch", reference_backward),
         Backend("reference", reference_backward),
     ),

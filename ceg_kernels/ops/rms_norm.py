@@ -138,10 +138,11 @@ def run_native_backward(dy, dh, h, weight, rstd, weight_offset, *, launch):
     dx = h.new_empty(rows.shape)
     scale = launch.parameter(weight, h.dtype)
     dweight = None if scale is None else scale.new_empty(scale.shape)
+    columns = 0 if dweight is None else h.shape[-1]
+    partials = launch.workspace("rms_norm_bwd", rows, columns, torch.float32)
     launch(
         "rms_norm_bwd", arguments.as_rows(dy), None if dh is None else arguments.as_rows(dh), rows,
-        scale, rstd.reshape(-1), dx, dweight,
-        *launch.workspace("rms_norm_bwd", rows, weight is not None), weight_offset,
+        scale, rstd.reshape(-1), dx, dweight, *partials, weight_offset,
     )  # fmt: skip
     return dx.view(h.shape), h.new_empty(0) if dweight is None else dweight.to(weight.dtype)
 

@@ -89,11 +89,10 @@ class RunSpec:
 
 
 def our_backend(op: str, dtype: Any, device: str) -> str | None:
-    """The first of our backends that can run the op here, or None where none is built."""
+    """The first of our backends that would run the op here unasked, or None."""
     sample = next(iter(OPS[op].samples(dtype, device)))
     for backend in OPS[op].backends:
-        ours = backend.automatic and backend.name not in STOCK
-        if ours and backend.why_not(*sample.args) is None:
+        if backend.name not in STOCK and backend.takes(*sample.args):
             return backend.name
     return None
 

@@ -2,6 +2,7 @@
 #include "../check.h"
 #include "attention.h"
 #include "attention_tile.h"
+#include "kernels.h"
 #include "launch.h"
 #include "vector.h"
 
@@ -88,6 +89,17 @@ void attention_dsink(const AttentionBwd& args, uintptr_t stream) {
   launch({"attention_bwd_dsink_kernel", static_cast<unsigned>(args.problem.heads), kThreads, 0,
           stream},
          attention_bwd_dsink_kernel, args, positions(args));
+}
+
+void list_attention_bwd_rows(Kernels& kernels) {
+  const auto list = [&](const char* name, const void* address) {
+    kernels.push_back({name, address, kThreads});
+  };
+  list("attention_bwd_delta_kernel bf16",
+       reinterpret_cast<const void*>(attention_bwd_delta_kernel<bf16>));
+  list("attention_bwd_delta_kernel f16",
+       reinterpret_cast<const void*>(attention_bwd_delta_kernel<f16>));
+  list("attention_bwd_dsink_kernel", reinterpret_cast<const void*>(attention_bwd_dsink_kernel));
 }
 
 }  // namespace ceg::cuda

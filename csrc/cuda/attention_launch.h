@@ -3,6 +3,7 @@
 
 #include "../check.h"
 #include "attention.h"
+#include "kernels.h"
 #include "launch.h"
 
 namespace ceg::cuda {
@@ -42,6 +43,29 @@ void launch_tiles(const char* name, Kernel kernel, Arguments args, Schedule Argu
   CEG_CHECK(s.blocks() <= INT32_MAX, name, " must have at most 2^31 - 1 blocks, got ", s.blocks());
   launch({name, static_cast<unsigned>(s.blocks()), Tile::kThreads, Tile::kSharedBytes, stream},
          kernel, args);
+}
+
+// Adds a kernel's instantiations: `of(item, head, plain)` is the one, `Tile<head, plain>` its tile.
+template <template <int, bool> class Tile, class Of>
+void list_tiles(Kernels& kernels, const char* name, Of of) {
+  const auto add = [&](auto item, auto head, auto plain) {
+    constexpr int kD = decltype(head)::kWidth;
+    using T = Tile<kD, plain.value>;
+    const char* const type = std::is_same_v<decltype(item), bf16> ? " bf16 D" : " f16 D";
+    kernels.push_back({name + (type + std::to_string(kD)) + (plain.value ? "" : " any logits"),
+                       reinterpret_cast<const void*>(of(item, head, plain)), T::kThreads,
+                       T::kSharedBytes});
+  };
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    for (const int width : {64, 128, 256}) {
+      for (const float scale : {1.0f, 0.0f}) {
+        Attention p = {};
+        p.head_dim = width;
+        p.scale = scale;  // 0 is not plain
+        with_tile(dtype, p, add);
+      }
+    }
+  }
 }
 
 }  // namespace ceg::cuda

@@ -156,4 +156,10 @@ void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream
   });
 }
 
+void list_attention_dkdv(Kernels& kernels) {
+  list_tiles<KeyTile>(kernels, "attention_bwd_dkdv_kernel", [](auto item, auto head, auto plain) {
+    return attention_bwd_dkdv_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
+  });
+}
+
 }  // namespace ceg::cuda

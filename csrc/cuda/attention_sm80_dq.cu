@@ -9,7 +9,7 @@ namespace ceg::cuda {
 namespace {
 
 // Chosen with the compiler's report, measured on no GPU.
-template <int kD>
+template <int kD, bool kPlain>
 struct QueryTile {
   static constexpr int kWarps = kD == 128 ? 8 : 4, kThreads = kWarp * kWarps;
   static constexpr int kRows = kD <= 64 ? 2 : 1;  // bands of a warp
@@ -23,9 +23,10 @@ struct QueryTile {
 };
 
 template <class T, int kD, bool kPlain>
-__global__ void __launch_bounds__(QueryTile<kD>::kThreads, QueryTile<kD>::kBlocksPerSm)
+__global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads,
+                                  QueryTile<kD, kPlain>::kBlocksPerSm)
     attention_bwd_dq_kernel(const __grid_constant__ AttentionBwd args) {
-  using Tile = QueryTile<kD>;
+  using Tile = QueryTile<kD, kPlain>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kRows = Tile::kRows;
   const Attention& p = args.problem;
   const TileOf<kM> tile(p, args.of_queries, p.heads, true);
@@ -159,9 +160,15 @@ void attention_sm80_dq(const AttentionBwd& args, DType dtype, uintptr_t stream) 
   with_tile(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
-    using Tile = QueryTile<kD>;
+    using Tile = QueryTile<kD, plain.value>;
     launch_tiles<Tile>("attention_bwd_dq_kernel", attention_bwd_dq_kernel<T, kD, plain.value>, args,
                        &AttentionBwd::of_queries, args.problem.max_q, Tile::kM, stream);
+  });
+}
+
+void list_attention_dq(Kernels& kernels) {
+  list_tiles<QueryTile>(kernels, "attention_bwd_dq_kernel", [](auto item, auto head, auto plain) {
+    return attention_bwd_dq_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
   });
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 // Chosen with the compiler's report, measured on no GPU: two bands of 16 rows a warp read each K
 // and V fragment once for two products, which shared memory needs to keep up with the tensor cores.
-template <int kD>
+template <int kD, bool kPlain>
 struct ForwardTile {
   static constexpr int kWarps = 4, kThreads = kWarp * kWarps;
   static constexpr int kRows = kD <= 128 ? 2 : 1;  // bands of a warp
@@ -127,9 +127,10 @@ __device__ __forceinline__ void mask(float (&s)[kRows][kBlocks][4], int first_be
 }
 
 template <class T, int kD, bool kPlain>
-__global__ void __launch_bounds__(ForwardTile<kD>::kThreads, ForwardTile<kD>::kBlocksPerSm)
+__global__ void __launch_bounds__(ForwardTile<kD, kPlain>::kThreads,
+                                  ForwardTile<kD, kPlain>::kBlocksPerSm)
     attention_fwd_kernel(const __grid_constant__ AttentionFwd args) {
-  using Tile = ForwardTile<kD>;
+  using Tile = ForwardTile<kD, kPlain>;
   constexpr int kM = Tile::kM, kN = Tile::kN, kRows = Tile::kRows;
   const Attention& p = args.problem;
   const TileOf<kM> tile(p, args.schedule, p.heads, true);
@@ -224,9 +225,15 @@ void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream)
   with_tile(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
-    using Tile = ForwardTile<kD>;
+    using Tile = ForwardTile<kD, plain.value>;
     launch_tiles<Tile>("attention_fwd_kernel", attention_fwd_kernel<T, kD, plain.value>, args,
                        &AttentionFwd::schedule, args.problem.max_q, Tile::kM, stream);
+  });
+}
+
+void list_attention_fwd(Kernels& kernels) {
+  list_tiles<ForwardTile>(kernels, "attention_fwd_kernel", [](auto item, auto head, auto plain) {
+    return attention_fwd_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include "../python_tensor.h"
 #include "attention.h"
+#include "moe.h"
 #include "rms_norm.h"
 #include "rope.h"
 
@@ -31,10 +32,25 @@ inline void bind_launchers(pybind11::module_& m) {
   m.def("rms_norm_bwd", rms_norm_bwd, release_gil(), arg("dy"), arg("dh"), arg("h"), arg("weight"),
         arg("rstd"), arg("dx"), arg("dweight"), arg("partials"), arg("weight_offset") = 0.0,
         arg("stream") = 0);
-  m.def("rms_norm_bwd_partials", rms_norm_bwd_partials, arg("h"));
+  m.def("rms_norm_bwd_rows", rms_norm_bwd_rows, arg("h"));
   m.def("rope", rope, release_gil(), arg("q"), arg("k"), arg("cos"), arg("sin"), arg("positions"),
         arg("q_out"), arg("k_out"), arg("interleaved") = false, arg("inverse") = false,
         arg("stream") = 0);
+
+  m.def("moe_route", moe_route, release_gil(), arg("logits"), arg("bias"), arg("weights"),
+        arg("expert_ids"), arg("tokens_per_expert"), arg("score"), arg("renormalize"),
+        arg("stream") = 0);
+  m.def("moe_route_bwd", moe_route_bwd, release_gil(), arg("dweights"), arg("logits"),
+        arg("expert_ids"), arg("dlogits"), arg("score"), arg("renormalize"), arg("stream") = 0);
+  m.def("moe_index", moe_index, release_gil(), arg("expert_ids"), arg("slots"), arg("sources"),
+        arg("offsets"), arg("counts"), arg("capacity") = -1, arg("stream") = 0);
+  m.def("moe_index_rows", moe_index_rows, arg("expert_ids"));
+  m.def("moe_dispatch", moe_dispatch, release_gil(), arg("x"), arg("sources"), arg("top_k"),
+        arg("out"), arg("stream") = 0);
+  m.def("moe_combine", moe_combine, release_gil(), arg("y"), arg("slots"), arg("weights"),
+        arg("out"), arg("stream") = 0);
+  m.def("moe_combine_bwd", moe_combine_bwd, release_gil(), arg("dout"), arg("y"), arg("sources"),
+        arg("slots"), arg("weights"), arg("dy"), arg("dweights"), arg("stream") = 0);
 }
 
 }  // namespace ceg::cuda

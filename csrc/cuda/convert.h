@@ -35,4 +35,12 @@ void with_storage(DType dtype, F f) {
   }
 }
 
+// Calls f with a value of each storage type, and its name.
+template <class F>
+void for_each_storage(F f) {
+  for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    with_storage(dtype, [&](auto storage) { f(storage, name(dtype)); });
+  }
+}
+
 }  // namespace ceg

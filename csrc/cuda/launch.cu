@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 
@@ -17,29 +18,25 @@ Device launch_device(const char* name, const Tensor& t) {
 OnDevice::OnDevice(const Device&) : before_(0) {}
 OnDevice::~OnDevice() = default;
 
+void clear(const char*, void* data, size_t bytes, uintptr_t) { std::memset(data, 0, bytes); }
+
 int multiprocessors() { return sim::device().multiprocessors; }
 size_t shared_memory_limit() { return sim::device().shared_limit; }
 
 #else
 
-namespace {
-
-constexpr size_t kSharedWithoutAsking = 48 << 10;
-
-void check(cudaError_t status, const char* call) {
+void check_call(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would be blamed for it
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
 }
 
-int attribute(cudaDeviceAttr which) {
+int device_attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  check_call(cudaGetDevice(&device), "cudaGetDevice");
+  check_call(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
 }
-
-}  // namespace
 
 Device launch_device(const char* name, const Tensor& t) {
   CEG_CHECK(t.device.type == kCuda, name, " must be on a GPU, got ", text(t.device));
@@ -47,18 +44,22 @@ Device launch_device(const char* name, const Tensor& t) {
 }
 
 OnDevice::OnDevice(const Device& device) : before_(device.index) {
-  check(cudaGetDevice(&before_), "cudaGetDevice");
-  if (before_ != device.index) check(cudaSetDevice(device.index), "cudaSetDevice");
+  check_call(cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ != device.index) check_call(cudaSetDevice(device.index), "cudaSetDevice");
 }
 OnDevice::~OnDevice() {
   int now = before_;
   if (cudaGetDevice(&now) == cudaSuccess && now != before_) cudaSetDevice(before_);
 }
 
-int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
-size_t shared_memory_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+void clear(const char* name, void* data, size_t bytes, uintptr_t stream) {
+  check_call(cudaMemsetAsync(data, 0, bytes, reinterpret_cast<cudaStream_t>(stream)), name);
+}
 
-void check_launch(const Launch& at, const void*, cudaError_t status) {
+int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+void check_launch(const Launch& at, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would be blamed for it
   std::ostringstream text;
@@ -69,10 +70,10 @@ void check_launch(const Launch& at, const void*, cudaError_t status) {
 }
 
 void allow_shared_memory(const Launch& at, const void* kernel) {
-  if (at.shared_bytes <= kSharedWithoutAsking) return;
-  check_launch(at, kernel,
-               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(at.shared_bytes)));
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (at.shared_bytes <= kWithoutAsking) return;
+  check_launch(at, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(at.shared_bytes)));
 }
 
 #endif

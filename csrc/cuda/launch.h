@@ -32,12 +32,17 @@ class OnDevice {
   int before_;
 };
 
+// Zeros on the current device, in the order of the stream. `name` is for errors.
+void clear(const char* name, void* data, size_t bytes, uintptr_t stream);
+
 // Of the current device.
 int multiprocessors();
 size_t shared_memory_limit();  // bytes that a block may ask for
 
 #ifndef CEG_CUDA_SIM
-void check_launch(const Launch& at, const void* kernel, cudaError_t status);
+void check_call(cudaError_t status, const char* call);
+int device_attribute(cudaDeviceAttr which);  // of the current device
+void check_launch(const Launch& at, cudaError_t status);
 // Above 48 KiB a kernel has to be allowed its shared memory first.
 void allow_shared_memory(const Launch& at, const void* kernel);
 #endif
@@ -50,15 +55,13 @@ void launch(const Launch& at, void (*kernel)(Parameters...), Arguments&&... argu
   const std::tuple<std::remove_cv_t<Parameters>...> given(std::forward<Arguments>(arguments)...);
   sim::run_grid(at.name, at.grid, at.block, at.shared_bytes, [&] { std::apply(kernel, given); });
 #else
-  const void* address = reinterpret_cast<const void*>(kernel);
-  allow_shared_memory(at, address);
+  allow_shared_memory(at, reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = at.grid;
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(at.stream);
-  check_launch(at, address,
-               cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  check_launch(at, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 #endif
 }
 

@@ -82,7 +82,7 @@ struct MmaOperands {
 
 }  // namespace sim
 
-// The manual leaves order and rounding of the sum open: here one rounding a product, k ascending.
+// The manual leaves the order and the rounding of the sum open: here it is rounded once.
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const sim::MmaOperands mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -102,7 +102,9 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     }
   }
   for (int i = 0; i < 4; ++i) {
-    for (int k = 0; k < 16; ++k) c[i] += row[i / 2][k] * column[i % 2][k];
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) sum += double{row[i / 2][k]} * column[i % 2][k];
+    c[i] = static_cast<float>(sum);
   }
 }
 

@@ -15,12 +15,12 @@ void rms_norm_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                   double weight_offset, uintptr_t stream);
 
 // Gradients of y and, where it was asked for, of the sum h. dweight has weight's dtype and comes
-// with partials: (rms_norm_bwd_partials(h), D) in fp32, whose contents are left undefined.
+// with partials: (rms_norm_bwd_rows(h), D) in fp32, whose contents are left undefined.
 void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h,
                   const std::optional<Tensor>& weight, const Tensor& rstd, const Tensor& dx,
                   const std::optional<Tensor>& dweight, const std::optional<Tensor>& partials,
                   double weight_offset, uintptr_t stream);
 
-int64_t rms_norm_bwd_partials(const Tensor& h);
+int64_t rms_norm_bwd_rows(const Tensor& h);
 
 }  // namespace ceg::cuda

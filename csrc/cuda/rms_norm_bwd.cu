@@ -223,35 +223,46 @@ __global__ void __launch_bounds__(kWarp* kSlices)
 }
 
 template <class T, int N, int kThreads, int kElements>
-bool try_in_registers(const Backward<T>& a, unsigned blocks, uintptr_t stream) {
-  if (a.dim > kThreads * kElements) return false;
+constexpr Variant<Backward<T>> in_registers() {
   constexpr int kRows = kThreads == kWarp ? kRowsOfWarps : 1;
   static_assert(kThreads != kWarp || kThreads * kElements <= kWarpRow,
-                "rms_norm_bwd_partials counts groups of rows by their length");
-  launch({.name = "rms_norm_bwd_kernel",
-          .grid = blocks,
-          .block = dim3(kThreads, kRows),
-          .stream = stream},
-         rms_norm_bwd_kernel<T, N, kThreads, kElements, kRows>, a);
-  return true;
+                "rms_norm_bwd_rows counts groups of rows by their length");
+  return {kThreads * kElements, dim3(kThreads, kRows),
+          rms_norm_bwd_kernel<T, N, kThreads, kElements, kRows>};
 }
 
-template <int N, class T>
-void run(const Backward<T>& a, unsigned blocks, uintptr_t stream) {
-  if (try_in_registers<T, N, 32, 8>(a, blocks, stream)) return;
-  // One element at a time is slow whatever the kernel: it is not worth a build's time.
-  if constexpr (N > 1) {
-    if (try_in_registers<T, N, 32, 32>(a, blocks, stream)) return;
-    if (try_in_registers<T, N, 128, 32>(a, blocks, stream)) return;
-    if (try_in_registers<T, N, 256, 32>(a, blocks, stream)) return;
+// By the longest row, ascending. One element at a time is slow whatever the kernel, and not worth a
+// build's time.
+template <class T, int N>
+std::span<const Variant<Backward<T>>> variants() {
+  if constexpr (N == 1) {
+    static const Variant<Backward<T>> one[] = {in_registers<T, N, 32, 8>()};
+    return one;
+  } else {
+    static const Variant<Backward<T>> all[] = {
+        in_registers<T, N, 32, 8>(), in_registers<T, N, 32, 32>(), in_registers<T, N, 128, 32>(),
+        in_registers<T, N, 256, 32>()};
+    return all;
   }
-  constexpr int kThreads = 512, kColumnThreads = 128, kColumns = kColumnThreads * N;
+}
+
+constexpr int kLongThreads = 512, kColumnThreads = 128;
+
+template <class T, int N>
+void run(const Backward<T>& a, unsigned blocks, uintptr_t stream) {
+  for (const auto& variant : variants<T, N>()) {
+    if (a.dim > variant.longest_row) continue;
+    return launch(
+        {.name = "rms_norm_bwd_kernel", .grid = blocks, .block = variant.block, .stream = stream},
+        variant.kernel, a);
+  }
   launch({.name = "rms_norm_long_bwd_kernel",
           .grid = static_cast<unsigned>(a.rows),
-          .block = kThreads,
+          .block = kLongThreads,
           .stream = stream},
-         rms_norm_long_bwd_kernel<T, N, kThreads>, a);
+         rms_norm_long_bwd_kernel<T, N, kLongThreads>, a);
   if (!a.partials) return;
+  constexpr int kColumns = kColumnThreads * N;
   launch({.name = "rms_norm_long_partials_kernel",
           .grid = dim3((a.dim + kColumns - 1) / kColumns, blocks),
           .block = kColumnThreads,
@@ -259,8 +270,18 @@ void run(const Backward<T>& a, unsigned blocks, uintptr_t stream) {
          rms_norm_long_partials_kernel<T, N, kColumnThreads>, a);
 }
 
+template <class T, int N>
+void list(const std::string& type, Kernels& kernels) {
+  list_variants("rms_norm_bwd_kernel", type, N, variants<T, N>(), kernels);
+  add(kernels, "rms_norm_long_bwd_kernel", type, N, rms_norm_long_bwd_kernel<T, N, kLongThreads>,
+      kLongThreads);
+  add(kernels, "rms_norm_long_partials_kernel", type, N,
+      rms_norm_long_partials_kernel<T, N, kColumnThreads>, kColumnThreads);
+}
+
+constexpr int kSlices = 16;
+
 void add_partials(const Tensor& partials, const Tensor& dweight, uintptr_t stream) {
-  constexpr int kSlices = 16;
   const int64_t dim = dweight.shape[0];
   with_storage(dweight.dtype, [&](auto storage) {
     using W = decltype(storage);
@@ -277,7 +298,7 @@ int64_t row_stride(const std::optional<Tensor>& t) { return t ? t->stride[0] : 0
 
 }  // namespace
 
-int64_t rms_norm_bwd_partials(const Tensor& h) {
+int64_t rms_norm_bwd_rows(const Tensor& h) {
   check_shape("h", h, {-1, -1});
   const OnDevice guard(launch_device("h", h));
   const int64_t dim = h.shape[1], rows_each = dim <= kWarpRow ? kRowsOfWarps : 1;
@@ -296,9 +317,8 @@ void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tenso
   check_rstd(rstd, h);
   check_like("dx", dx, h);
   check_output("dx", dx, h.device);
-  CEG_CHECK(dweight.has_value() == partials.has_value(), "partials must come with dweight, got ",
-            dweight ? "dweight" : "partials", " alone");
-  const int64_t blocks = rms_norm_bwd_partials(h);
+  CEG_CHECK(partials || !dweight, "dweight needs partials, got None");
+  const int64_t blocks = rms_norm_bwd_rows(h);
   if (dweight) {
     CEG_CHECK(weight, "dweight needs weight, got None");
     check_weight("dweight", *dweight, h);
@@ -323,7 +343,7 @@ void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tenso
                         .weight = weight_of<T>(weight, weight_offset),
                         .rstd = rstd.ptr<float>(),
                         .dx = dx.ptr<T>(),
-                        .partials = partials ? partials->ptr<float>() : nullptr,
+                        .partials = dweight ? partials->ptr<float>() : nullptr,
                         .dy_stride = dy.stride[0],
                         .dh_stride = row_stride(dh),
                         .h_stride = h.stride[0],
@@ -331,9 +351,19 @@ void rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tenso
                         .rows = h.shape[0],
                         .dim = static_cast<int>(h.shape[1])};
     const auto grid = static_cast<unsigned>(blocks);
-    if (h.numel()) vectors ? run<kVector<T>>(a, grid, stream) : run<1>(a, grid, stream);
+    if (h.numel()) vectors ? run<T, kVector<T>>(a, grid, stream) : run<T, 1>(a, grid, stream);
   });
   if (dweight) add_partials(*partials, *dweight, stream);
+}
+
+void list_rms_norm_bwd(Kernels& kernels) {
+  for_each_storage([&](auto storage, const char* type) {
+    using T = decltype(storage);
+    list<T, kVector<T>>(type, kernels);
+    list<T, 1>(type, kernels);
+    add(kernels, "rms_norm_dweight_kernel", type, 1, rms_norm_dweight_kernel<T, kSlices>,
+        kWarp * kSlices);
+  });
 }
 
 }  // namespace ceg::cuda

@@ -117,33 +117,52 @@ __global__ void __launch_bounds__(kThreads) rms_norm_long_fwd_kernel(const Forwa
 }
 
 template <class T, int N, int kThreads, int kElements>
-bool try_in_registers(const Forward<T>& a, uintptr_t stream) {
-  if (a.dim > kThreads * kElements) return false;
+constexpr Variant<Forward<T>> in_registers() {
   constexpr int kRows = kThreads == kWarp ? 4 : 1;
-  launch({.name = "rms_norm_fwd_kernel",
-          .grid = static_cast<unsigned>((a.rows + kRows - 1) / kRows),
-          .block = dim3(kThreads, kRows),
-          .stream = stream},
-         rms_norm_fwd_kernel<T, N, kThreads, kElements, kRows>, a);
-  return true;
+  return {kThreads * kElements, dim3(kThreads, kRows),
+          rms_norm_fwd_kernel<T, N, kThreads, kElements, kRows>};
 }
 
-template <int N, class T>
+// By the longest row, ascending. One element at a time is slow whatever the kernel, and not worth a
+// build's time.
+template <class T, int N>
+std::span<const Variant<Forward<T>>> variants() {
+  if constexpr (N == 1) {
+    static const Variant<Forward<T>> one[] = {in_registers<T, N, 32, 8>()};
+    return one;
+  } else {
+    static const Variant<Forward<T>> all[] = {
+        in_registers<T, N, 32, 8>(), in_registers<T, N, 32, 32>(), in_registers<T, N, 128, 32>(),
+        in_registers<T, N, 256, 32>(), in_registers<T, N, 512, 32>()};
+    return all;
+  }
+}
+
+constexpr int kLongThreads = 512;
+
+template <class T, int N>
 void run(const Forward<T>& a, uintptr_t stream) {
-  constexpr int kLongThreads = 512;
-  if (try_in_registers<T, N, 32, 8>(a, stream)) return;
-  // One element at a time is slow whatever the kernel: it is not worth a build's time.
-  if constexpr (N > 1) {
-    if (try_in_registers<T, N, 32, 32>(a, stream)) return;
-    if (try_in_registers<T, N, 128, 32>(a, stream)) return;
-    if (try_in_registers<T, N, 256, 32>(a, stream)) return;
-    if (try_in_registers<T, N, 512, 32>(a, stream)) return;
+  for (const auto& variant : variants<T, N>()) {
+    if (a.dim > variant.longest_row) continue;
+    const int64_t each = variant.block.y;
+    return launch({.name = "rms_norm_fwd_kernel",
+                   .grid = static_cast<unsigned>((a.rows + each - 1) / each),
+                   .block = variant.block,
+                   .stream = stream},
+                  variant.kernel, a);
   }
   launch({.name = "rms_norm_long_fwd_kernel",
           .grid = static_cast<unsigned>(a.rows),
           .block = kLongThreads,
           .stream = stream},
          rms_norm_long_fwd_kernel<T, N, kLongThreads>, a);
+}
+
+template <class T, int N>
+void list(const std::string& type, Kernels& kernels) {
+  list_variants("rms_norm_fwd_kernel", type, N, variants<T, N>(), kernels);
+  add(kernels, "rms_norm_long_fwd_kernel", type, N, rms_norm_long_fwd_kernel<T, N, kLongThreads>,
+      kLongThreads);
 }
 
 int64_t row_stride(const std::optional<Tensor>& t) { return t ? t->stride[0] : 0; }
@@ -185,7 +204,15 @@ void rms_norm_fwd(const Tensor& x, const std::optional<Tensor>& weight,
                        .rows = x.shape[0],
                        .dim = static_cast<int>(x.shape[1]),
                        .eps = static_cast<float>(eps)};
-    vectors ? run<kVector<T>>(a, stream) : run<1>(a, stream);
+    vectors ? run<T, kVector<T>>(a, stream) : run<T, 1>(a, stream);
+  });
+}
+
+void list_rms_norm_fwd(Kernels& kernels) {
+  for_each_storage([&](auto storage, const char* type) {
+    using T = decltype(storage);
+    list<T, kVector<T>>(type, kernels);
+    list<T, 1>(type, kernels);
   });
 }
 

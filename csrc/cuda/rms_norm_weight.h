@@ -2,8 +2,11 @@
 #pragma once
 
 #include <optional>
+#include <span>
+#include <string>
 
 #include "../check.h"
+#include "kernels.h"
 #include "launch.h"
 #include "vector.h"
 
@@ -47,6 +50,23 @@ Weight<T> weight_of(const std::optional<Tensor>& weight, double offset) {
   const auto shift = static_cast<float>(offset);
   if (weight->dtype == DType::f32) return {.wide = weight->ptr<float>(), .offset = shift};
   return {.narrow = weight->ptr<T>(), .offset = shift};
+}
+
+// A kernel for rows up to some length.
+template <class Arguments>
+struct Variant {
+  int longest_row;
+  dim3 block;  // y: rows
+  void (*kernel)(Arguments);
+};
+
+template <class Arguments>
+void list_variants(const char* kernel, const std::string& type, int vector,
+                   std::span<const Variant<Arguments>> variants, Kernels& kernels) {
+  for (const auto& v : variants) {
+    const std::string rows = " to D " + std::to_string(v.longest_row);
+    add(kernels, kernel, type, vector, v.kernel, static_cast<int>(v.block.x * v.block.y), rows);
+  }
 }
 
 // (R, D) of a storage type that the kernels have, on a GPU.

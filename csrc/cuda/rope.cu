@@ -1,6 +1,7 @@
 #include "rope.h"
 
 #include "../check.h"
+#include "kernels.h"
 #include "launch.h"
 #include "vector.h"
 
@@ -236,6 +237,17 @@ void rope(const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos, co
     } else {
       run<T, 1>(a, interleaved, stream);
     }
+  });
+}
+
+void list_rope(Kernels& kernels) {
+  for_each_storage([&](auto storage, const char* type) {
+    using T = decltype(storage);
+    constexpr int N = kVector<T>;
+    add(kernels, "rope_kernel", type, N, rope_kernel<T, N, false>, kThreads);
+    add(kernels, "rope_kernel", type, N, rope_kernel<T, N, true>, kThreads, " interleaved");
+    add(kernels, "rope_kernel", type, 1, rope_kernel<T, 1, false>, kThreads);
+    add(kernels, "rope_kernel", type, 1, rope_kernel<T, 1, true>, kThreads, " interleaved");
   });
 }
 

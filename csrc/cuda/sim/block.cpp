@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -120,6 +121,23 @@ std::vector<unsigned> order_of(unsigned n, unsigned seed) {
   return order;
 }
 
+// Each of these threads goes on until it waits; false where none could.
+bool run_round(const unsigned* first, const unsigned* end, unsigned& left) {
+  bool progress = false;
+  for (; first != end; ++first) {
+    Thread& t = *threads()[*first];
+    if (t.fiber.done() || (t.what && !t.ready(t.argument))) continue;
+    t.what = nullptr;
+    thread = &t;
+    threadIdx = t.index;
+    t.fiber.resume();
+    if (block->error) std::rethrow_exception(block->error);
+    left -= t.fiber.done();
+    progress = true;
+  }
+  return progress;
+}
+
 void run_block(unsigned number) {
   const unsigned n = block->threads;
   block->warps.assign((n + kLanes - 1) / kLanes, {});
@@ -133,18 +151,14 @@ void run_block(unsigned number) {
   }
   unsigned left = n;
   const std::vector<unsigned> order = order_of(n, number);
+  // Warps run as far as they get before the next has its turn, so that a thread that overtakes
+  // another where a barrier is missing does so by as much as it can. Shuffled threads take turns.
+  const unsigned group = device().order == Order::shuffled ? n : kLanes;
   while (left) {
     bool progress = false;
-    for (unsigned i : order) {
-      Thread& t = *threads()[i];
-      if (t.fiber.done() || (t.what && !t.ready(t.argument))) continue;
-      t.what = nullptr;
-      thread = &t;
-      threadIdx = t.index;
-      t.fiber.resume();
-      if (block->error) std::rethrow_exception(block->error);
-      left -= t.fiber.done();
-      progress = true;
+    for (unsigned first = 0; first < n; first += group) {
+      const unsigned end = std::min(first + group, n);
+      while (run_round(&order[first], order.data() + end, left)) progress = true;
     }
     if (!progress) report_deadlock();
   }

@@ -1,6 +1,6 @@
 // Runs a grid: block after block, one fiber per CUDA thread, switching only where a thread waits.
 // Threads of a block therefore see each other's writes at once: what this cannot find is a missing
-// fence. A missing barrier it finds where the order of threads matters: run both orders.
+// fence. A missing barrier it finds where the order of threads matters: run several orders.
 #pragma once
 
 #include <cstddef>
@@ -23,13 +23,14 @@ extern dim3 blockDim, gridDim;
 
 namespace ceg::sim {
 
+// forward and reverse: a warp goes on until all of its threads wait. shuffled: threads take turns.
 enum class Order { forward, reverse, shuffled };
 
 // The simulated GPU.
 struct Device {
   int multiprocessors = 3;         // few, so that persistent blocks get several turns
   size_t shared_limit = 99 << 10;  // bytes a block: what sm_86 and sm_120 have, the least of all
-  Order order = Order::forward;    // of blocks, and of threads between two waits
+  Order order = Order::forward;
 };
 Device& device();
 

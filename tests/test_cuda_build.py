@@ -1,0 +1,147 @@
+"""What nvcc made of the CUDA kernels: read from the built extension, no GPU takes part.
+
+Occupancy and what the driver makes of a kernel need a GPU: `_C.cuda.kernel_attributes()`.
+"""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ceg_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+STATIC_SHARED_LIMIT = 48 << 10  # more has to be dynamic, on every GPU
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(native._C, "cuda"), reason="the extension was built without CUDA"
+)
+
+
+def cuobjdump() -> str:
+    """The one in Triton's wheel, or the toolkit's."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.submodule_search_locations:
+        path = Path(spec.submodule_search_locations[0], "backends/nvidia/bin/cuobjdump")
+        if path.exists():
+            return str(path)
+    found = shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("needs cuobjdump")
+    return found
+
+
+@dataclass(frozen=True)
+class Usage:
+    arch: str
+    symbol: str
+    registers: int
+    spill_bytes: int  # a thread's stack and local memory
+    shared_bytes: int
+
+    @property
+    def wrong(self) -> str | None:
+        if self.spill_bytes:
+            return f"spills {self.spill_bytes} bytes a thread"
+        if self.shared_bytes > STATIC_SHARED_LIMIT:
+            return f"has {self.shared_bytes} bytes of static shared memory"
+        return None
+
+
+def usages(binary: Path | str) -> list[Usage]:
+    dump = subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", str(binary)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found, arch = [], ""
+    for line in dump.splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = ")
+        elif line.startswith(" Function "):
+            symbol = line.split()[1].rstrip(":")
+        elif "REG:" in line:
+            number = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+            spills = number["STACK"] + number["LOCAL"]
+            found.append(Usage(arch, symbol, number["REG"], spills, number["SHARED"]))
+    return found
+
+
+@functools.cache
+def shipped() -> list[Usage]:
+    assert native._C is not None
+    return usages(native._C.__file__)
+
+
+def archs() -> list[str]:
+    """Those with machine code; PTX (90-virtual) is compiled by the driver."""
+    words = native._C.build_info()["cuda_archs"].split() if native._C is not None else []
+    return [f"sm_{w.split('-')[0]}" for w in words if not w.endswith("-virtual")]
+
+
+def declared() -> set[str]:
+    """The names of all kernels in the sources."""
+    names = set()
+    for source in [*SOURCES.glob("*.cu"), *SOURCES.glob("*.h")]:
+        heads = re.findall(r"__global__\s+void\s(.*?)\(const|__global__\s+void\s(.*?)\{",
+                           source.read_text(), re.DOTALL)  # fmt: skip
+        for head in heads:
+            names.update(re.findall(r"\w+_kernel\b", "".join(head)))
+    return names
+
+
+def test_every_kernel_of_the_sources_is_in_the_build_for_every_architecture():
+    assert {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"} <= declared()
+    for arch in archs():
+        symbols = " ".join(u.symbol for u in shipped() if u.arch == arch)
+        missing = [name for name in declared() if name not in symbols]
+        assert not missing, f"{arch} lacks {missing}"
+
+
+def test_no_kernel_spills():
+    assert shipped()
+    wrong = [f"{u.arch} {u.symbol}: {u.wrong}" for u in shipped() if u.wrong]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rows_move_in_vectors_of_16_bytes():
+    """The instances for vectors of four fp32 or eight 16-bit elements, in machine code."""
+    wide = {
+        u.symbol
+        for u in shipped()
+        if re.search(r"_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8|5uint4)E", u.symbol)
+    }
+    assert len(wide) > 10
+    names = ",".join(sorted(wide))
+    dump = subprocess.run(
+        [cuobjdump(), "-sass", "-arch", archs()[0], "-fun", names, str(native._C.__file__)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", dump, re.DOTALL))
+    assert set(bodies) == wide
+    for symbol, body in bodies.items():
+        for access in ("LDG", "STG"):
+            assert re.search(rf"\b{access}\.E\S*\.128", body), f"{symbol} has no 16-byte {access}"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_a_kernel_that_spills_is_seen(tmp_path):
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) spills(float* p) {\n"
+        "  float v[64];\n"
+        "  for (int i = 0; i < 64; ++i) v[i] = p[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "  for (int i = 0; i < 64; ++i) p[i * 1024 + threadIdx.x] = v[i] * v[63 - i];\n}\n"
+    )
+    cubin = tmp_path / "spills.cubin"
+    command = ["nvcc", "-cubin", "-arch=sm_80", "-o", str(cubin), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (usage,) = usages(cubin)
+    assert usage.wrong is not None
+    assert usage.wrong.startswith("spills ")
