@@ -28,20 +28,22 @@ __global__ void __launch_bounds__(kThreads)
   // Load and sum.
   const T* const dout = rows_of<const T>(args.dout, b, t, h);
   const T* const out = rows_of<const T>(args.out, b, t, h);
-  float sum = 0;
+  // Products of 16-bit numbers are exact, and with this sum delta is, too, but for one rounding: dP
+  // - delta, of which whole rows are to be 0, is left with the tensor cores' rounding only.
+  double sum = 0;
   for (int i = lane * 8; there && i < args.problem.value_dim; i += lanes * 8) {
     float x[8], y[8];
     load_constant<8>(dout + i).unpack(x);
     load_constant<8>(out + i).unpack(y);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) sum = fmaf(x[j], y[j], sum);
+    for (int j = 0; j < 8; ++j) sum += x[j] * y[j];
   }
   for (int apart = lanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(kFullWarp, sum, apart);
 
   // Write.
   if (!there || lane != 0) return;
   if (args.dlse.data) sum -= *rows_of<const float>(args.dlse, b, t, h);
-  *rows_of<float>(args.delta, b, t, h) = sum;
+  *rows_of<float>(args.delta, b, t, h) = static_cast<float>(sum);
 }
 
 // dsink = -sum of exp(sink - lse) * delta over the rows of a head, in the same order every time.

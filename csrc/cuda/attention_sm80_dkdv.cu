@@ -52,7 +52,9 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, KeyTile<kD, kPl
       partners<kM>(first, last, meeting.offset, meeting.before, meeting.after, meeting.count);
   const Partners own = partners<kM>(first + row, warp_last, meeting.offset, meeting.before,
                                     meeting.after, meeting.count);
-  const int own_stop = first + row <= warp_last ? own.stop : 0;
+  // Without keys of its own a warp starts beyond all queries. Blocks that it has no pair with at
+  // the other end are masked whole.
+  const int own_start = first + row <= warp_last ? own.start : queries.stop;
 
   // Load: K and V, which stay, with the first block of queries.
   const SharedAddress k_tile = shared_address(dynamic_shared_memory());
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, KeyTile<kD, kPl
       if (more || h + 1 < stop_head) {
         load(other, more ? h : h + 1, more ? block + kM : queries.start);
       }
-      if (block >= own.start && block < own_stop) {
+      if (block >= own_start) {
         // Scores and dout.v of the pairs, [kN, kM].
         const SharedAddress q_tile = buffer, dout_tile = buffer + Tile::kTileBytes;
         float s[kRows][kM / 8][4], dp[kRows][kM / 8][4];
