@@ -35,6 +35,12 @@ void check(const AttentionInputs& in) {
     CEG_CHECK(length >= 0 && length <= kUnbounded, name, " must have at most ", kUnbounded,
               " positions a sequence, got ", length);
   }
+  // Tiles reach beyond the last row.
+  constexpr int64_t kMostRows = INT32_MAX - (1 << 16);
+  for (const auto& [name, t] : {std::pair{"q", &in.q}, {"k", &in.k}}) {
+    const int64_t rows = t->shape[in.head_axis() - 1];
+    CEG_CHECK(rows <= kMostRows, name, " must have at most ", kMostRows, " rows, got ", rows);
+  }
   const int64_t heads = in.batch() * in.heads();
   CEG_CHECK(heads <= INT32_MAX, "q must have at most 2^31 - 1 heads in all, got ", heads);
 }
@@ -183,7 +189,6 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
               dsink->stride[0]);
   }
   const int64_t rows = in.varlen() ? q.shape[0] : q.shape[1];
-  CEG_CHECK(rows <= INT32_MAX, "q must have at most 2^31 - 1 rows, got ", rows);
 
   const OnDevice guard(q.device);
   const bool varlen = in.varlen();

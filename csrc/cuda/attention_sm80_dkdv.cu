@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, KeyTile<kD, kPl
   const SharedAddress buffers = v_tile + kN * Swizzle<kD>::kRowBytes;
   {
     using Loader = TileLoader<T, kN, kD, Tile::kThreads>;
-    const int64_t key = at.first_k + first;
+    const int key = at.first_k + first;
     const int rows = at.n_k - first;
     Loader(rows_of<const T>(args.k, b, key, kv_head), args.k.row)
         .load(k_tile, args.k.row, rows, p.head_dim);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, KeyTile<kD, kPl
   }
   using Loader = TileLoader<T, kM, kD, Tile::kThreads>;
   const auto load = [&](SharedAddress buffer, int h, int block) {
-    const int64_t query = at.first_q + block;
+    const int query = at.first_q + block;
     Loader(rows_of<const T>(args.q, b, query, h), args.q.row)
         .load(buffer, args.q.row, queries.stop - block, p.head_dim);
     Loader(rows_of<const T>(args.dout, b, query, h), args.dout.row)
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, KeyTile<kD, kPl
   __syncthreads();
   const TileOf<kN> same(p, args.of_keys, p.kv_heads, false);
   const int rows = same.at.n_k - same.first;
-  const int64_t first_row = same.at.first_k + same.first;
+  const int first_row = same.at.first_k + same.first;
   float scale[kRows][2], one[kRows][2];
 #pragma unroll
   for (int m = 0; m < kRows; ++m) scale[m][0] = scale[m][1] = p.scale, one[m][0] = one[m][1] = 1;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads,
   const SharedAddress buffers = dout_tile + kM * Swizzle<kD>::kRowBytes;
   {
     using Loader = TileLoader<T, kM, kD, Tile::kThreads>;
-    const int64_t query = at.first_q + first;
+    const int query = at.first_q + first;
     const int rows = at.n_q - first;
     Loader(rows_of<const T>(args.q, b, query, h), args.q.row)
         .load(q_tile, args.q.row, rows, p.head_dim);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads,
         .load(dout_tile, args.dout.row, rows, p.value_dim);
   }
   using Loader = TileLoader<T, kN, kD, Tile::kThreads>;
-  const int64_t first_key = at.first_k + keys.start;
+  const int first_key = at.first_k + keys.start;
   Loader load_k(rows_of<const T>(args.k, b, first_key, h / p.group()), args.k.row);
   Loader load_v(rows_of<const T>(args.v, b, first_key, h / p.group()), args.v.row);
   const auto load = [&](SharedAddress buffer, int block) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads,
   __syncthreads();
   const TileOf<kM> same(p, args.of_queries, p.heads, true);
   const int rows = same.at.n_q - same.first;
-  const int64_t first_row = same.at.first_q + same.first;
+  const int first_row = same.at.first_q + same.first;
   float scale[kRows][2];
 #pragma unroll
   for (int m = 0; m < kRows; ++m) scale[m][0] = scale[m][1] = p.scale;

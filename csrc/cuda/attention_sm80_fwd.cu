@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(ForwardTile<kD, kPlain>::kThreads,
   const SharedAddress k_tile = q_tile + kM * Swizzle<kD>::kRowBytes;
   const SharedAddress v_tile = k_tile + kN * Swizzle<kD>::kRowBytes;
   using Loader = TileLoader<T, kN, kD, Tile::kThreads>;
-  const auto source = [&](const View& view, int64_t row, int head) {
+  const auto source = [&](const View& view, int row, int head) {
     return rows_of<const T>(view, b, row, head);
   };
   TileLoader<T, kM, kD, Tile::kThreads> load_q(source(args.q, at.first_q + first, h), args.q.row);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(ForwardTile<kD, kPlain>::kThreads,
   const int thread = thread_index(), lane = thread % kWarp;
   const int own_row = thread / kWarp * 16 * kRows;
   if (own_row >= rows) return;
-  const int64_t first_row = same.at.first_q + same.first;
+  const int first_row = same.at.first_q + same.first;
   float factor[kRows][2];
   float* const lse = rows_of<float>(args.lse, same.b, first_row, same.h);
 #pragma unroll

@@ -28,10 +28,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// Where sequence b begins in its tensors, and how long it is.
+// Where sequence b begins in its tensors, and how long it is. Positions are 32 bits, as cu_seqlens
+// are; rows_of() multiplies in 64.
 struct Sequence {
-  int64_t first_q, first_k;
-  int n_q, n_k;
+  int first_q, first_k, n_q, n_k;
 
   __device__ __forceinline__ Sequence(const Attention& p, int b)
       : first_q(0), first_k(0), n_q(p.max_q), n_k(p.max_k) {
