@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
 from ceg_model.progress import Progress
@@ -19,17 +22,34 @@ def run(targets: str, *, as_json: bool) -> int:
     """Print the table of these targets (comma-separated, or "all"); 1 where a row may not stay."""
     from ceg_kernels.triton import compile
 
-    wanted = tuple(compile.TARGETS) if targets == "all" else tuple(targets.split(","))
-    facts = []
-    with Progress("kernels") as progress:
-        for fact in compile.report(wanted):
-            facts.append(fact)
-            progress(len(facts), 0, f"{fact.target} {fact.kernel} {fact.case}")
+    facts = compiled(tuple(compile.TARGETS) if targets == "all" else tuple(targets.split(",")))
     if as_json:
         print(json.dumps([dataclasses.asdict(f) | {"wrong": f.wrong} for f in facts], indent=2))
     else:
         print("\n".join(_lines(facts)))
     return 1 if any(fact.wrong for fact in facts) else 0
+
+
+def compiled(targets: Sequence[str]) -> list[Facts]:
+    """Every kernel for these targets, by as many processes as there are processors."""
+    from ceg_kernels.triton import compile
+
+    jobs = [(target, family) for target in targets for family in compile.FAMILIES]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    facts: list[Facts] = []
+    # Spawned: a fork would have torch's locks without the threads that hold them.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with pool, Progress("kernels") as progress:
+        for done, found in enumerate(pool.map(_report, *zip(*jobs, strict=True))):
+            facts += found
+            progress(done + 1, len(jobs), " ".join(jobs[done]))
+    return facts
+
+
+def _report(target: str, family: str) -> list[Facts]:
+    from ceg_kernels.triton import compile
+
+    return list(compile.report([target], families=[family]))
 
 
 def _lines(facts: list[Facts]) -> Iterator[str]:

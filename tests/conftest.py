@@ -1,12 +1,15 @@
 """Unwritten outputs fail: in tests, torch.empty and its kin hand out NaN (or absurd integers).
 
-And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits off.
+And Triton's interpreter rounds as a GPU does: its own cast to bf16 cuts bits off. Nor does it get
+ready anew in each call of a device function, which takes most of its time.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -80,3 +83,41 @@ def interpreter_rounds_to_nearest_even() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_patches_a_module_once() -> Iterator[None]:
+    if our_triton.MISSING is not None or not our_triton.INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The launch has patched triton.language; what only device functions import is left.
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> torch.Tensor:
+    """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
+
+    Offsets are taken from its middle, so that one that wrapped around at 2^31 reads zeros.
+    """
+    size = 3 * 2**31
+    if torch.cuda.is_available():
+        if torch.cuda.mem_get_info()[0] < 3 * size:
+            pytest.skip("needs 18 GiB of free GPU memory")
+        return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    file = tmp_path / "holes"
+    file.touch()
+    os.truncate(file, 2 * size)
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)

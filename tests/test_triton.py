@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import compare, error_over_slack
+from numerics import as_tuple, compare, error_over_slack
 
 import ceg_kernels
 from ceg_kernels import OPS, explain, rope_table, triton, use_backend
 from ceg_kernels.measure.suite import cases
 from ceg_kernels.ops import arguments
-from ceg_model import cli
+from ceg_model import cli, kernel_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.cuda.is_available()
@@ -63,25 +63,9 @@ def test_long_rows_without_weight_and_residual():
 
 
 # Fits 32 bits, so that it is an offset that wraps around where one is computed in 32 bits: a stride
-# that does not fit would widen everything it meets.
+# that does not fit would widen everything it meets. Rows start at 2 * STRIDE, so that an offset
+# that wrapped around at 2^31 meets zeros.
 STRIDE = 2**30
-
-
-@pytest.fixture
-def far(tmp_path):
-    """A tensor of 3 * 2^31 bf16 numbers; without a GPU a file of holes, 12 GiB that nobody has.
-
-    Rows start at 2 * STRIDE, so that an offset that wrapped around at 2^31 meets zeros.
-    """
-    size = 6 * STRIDE
-    if CUDA:
-        if torch.cuda.mem_get_info()[0] < 3 * size:
-            pytest.skip("needs 18 GiB of free GPU memory")
-        return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-    file = tmp_path / "holes"
-    file.touch()
-    os.truncate(file, 2 * size)
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
 
 
 def test_offsets_beyond_32_bits_in_rms_norm(far):
@@ -106,6 +90,25 @@ def test_offsets_beyond_32_bits_in_rope(far, dimension):
     tail = (*rope_table(4, 64, device=DEVICE), None, False, False)
     outs = OPS["rope"].backend("triton").run(q, q, *tail)
     assert compare(OPS["rope"], outs, (q.clone(), q.clone(), *tail)) <= 1
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_offsets_beyond_32_bits_in_attention(far, dimension):
+    make = arguments.maker(torch.bfloat16, DEVICE)
+    shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
+    shape[dimension], strides[dimension] = 2, 2**31
+    x = far.as_strided(shape, strides, 2**31 - 64)
+    x.copy_(make(*shape))
+    tail = None, None, shape[1], shape[1], None, None, 0.2, False, -1, -1, 0.0
+    forward, backward = (
+        OPS[op].backend("triton").run for op in ("attention", "attention_backward")
+    )
+    dense = x.contiguous()
+    saved = forward(dense, dense, dense, *tail)
+    grads = backward(dense, None, dense, dense, dense, *saved, *tail)
+    ours = *forward(x, x, x, *tail), *backward(x, None, x, x, x, *saved, *tail)
+    for far_away, near in zip(ours, (*saved, *grads), strict=True):
+        assert torch.equal(far_away, near)
 
 
 def test_too_many_tokens_are_refused():
@@ -142,13 +145,16 @@ def test_the_gradient_goes_through_the_kernels():
 
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter runs one program at a time")
-@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_backward", "rope"])
+@pytest.mark.parametrize(
+    "op", [op.name for op in OPS.values() if any(b.name == "triton" for b in op.backends)]
+)
 def test_same_bits_every_time(op):
-    args = OPS[op].shapes["quick-2x512-h8-d64" if op == "rope" else "quick-2048x768"]
-    args = args.make(torch.bfloat16, "cuda")
+    shape = next(shape for shape in OPS[op].shapes.values() if shape.group == "quick")
+    args = shape.make(torch.bfloat16, "cuda")
     first = OPS[op].backend("triton").run(*args)
     for _ in range(20):
-        for a, b in zip(first, OPS[op].backend("triton").run(*args), strict=True):
+        again = as_tuple(OPS[op].backend("triton").run(*args))
+        for a, b in zip(as_tuple(first), again, strict=True):
             assert torch.equal(a, b)
 
 
@@ -216,9 +222,13 @@ def compiled():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled if f["target"] == target and f["family"] != "planted"]
-    assert {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"} <= {
-        f["kernel"] for f in facts
+    expected = {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"}
+    expected |= {f"attention_{k}_kernel" for k in ("fwd", "bwd_delta", "bwd_dkdv", "bwd_dq")}
+    expected |= {
+        f"moe_{k}_kernel" for k in ("route", "route_bwd", "dispatch", "combine", "combine_bwd")
     }
+    expected |= {f"moe_index_{k}_kernel" for k in ("count", "scan", "place")}
+    assert expected <= {f["kernel"] for f in facts}
     for fact in facts:
         assert fact["wrong"] is None, fact
         assert 0 < fact["registers"] <= 255, fact
@@ -253,9 +263,7 @@ def test_ceg_info_kernels_prints_the_table_and_fails_on_a_wrong_row(
 ):
     row = dataclasses.replace(facts, **change)
     asked = []
-    monkeypatch.setattr(
-        "ceg_kernels.triton.compile.report", lambda targets: asked.append(targets) or iter([row])
-    )
+    monkeypatch.setattr(kernel_table, "compiled", lambda targets: asked.append(targets) or [row])
     assert cli.main(["info", "--kernels", "sm_90,gfx942"]) == (0 if wrong is None else 1)
     out = capsys.readouterr().out
     assert asked == [("sm_90", "gfx942")]

@@ -19,6 +19,7 @@ Integer outputs must be equal; NaN and infinities must stand where gold has them
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -58,6 +59,22 @@ def compare(op: Op, outs: tuple[Tensor, ...], args: tuple) -> float:
     ]
     slacks = [FP32_REDUCTION_SLACK if s else op.slack for s in summed]
     return _worst(op, outs, args, promote(args, torch.float32), slacks)
+
+
+def with_remembered_reference(op: Op) -> Op:
+    """The op for checking several backends on the same arguments: gold and base computed once."""
+    known: dict[torch.dtype | None, Any] = {}
+
+    def reference(*args: Any) -> Any:
+        floats = (a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        dtype = next(floats, None)
+        if dtype not in known:
+            known[dtype] = op.reference(*args)
+        return known[dtype]
+
+    checked = copy.copy(op)  # shallow, so that nothing is registered again
+    checked.reference = reference
+    return checked
 
 
 def compare_eager(op: Op, outs: tuple[Tensor, ...], args: tuple) -> float:

@@ -110,7 +110,7 @@ class Case:
         worst = dict.fromkeys(backends, 0.0)
         for op in self.ops:
             one_args = args if op is self.ops[0] else self._make(op)
-            checked = _with_remembered_reference(op)
+            checked = accuracy.with_remembered_reference(op)
             for name in worst:
                 if name not in peers.NAMES:
                     error = accuracy.error_over_slack(checked, op.backend(name), one_args)
@@ -267,22 +267,6 @@ def _able(op: Op, dtype: str, device: str) -> set[str]:
         if able == names:
             break
     return able
-
-
-def _with_remembered_reference(op: Op) -> Op:
-    """The op for checking several backends on the same arguments: gold and base computed once."""
-    known: dict[torch.dtype | None, Any] = {}
-
-    def reference(*args: Any) -> Any:
-        floats = (a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
-        dtype = next(floats, None)
-        if dtype not in known:
-            known[dtype] = op.reference(*args)
-        return known[dtype]
-
-    checked = copy.copy(op)  # shallow, so that nothing is registered again
-    checked.reference = reference
-    return checked
 
 
 def _formula_error(op: Op, formula: Backend, args: tuple) -> float:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments, attention_torch
 from ceg_kernels.ops.attention_reference import boundaries, reference, reference_backward
@@ -215,8 +216,8 @@ DECODE_SHAPES = {
 }
 
 
-def refuses(q, k, v, *tail):
-    if (reason := native.why_not(q, k, v, *tail)) is not None:
+def refuses(q, k, v, *tail, why_not=native.why_not):
+    if (reason := why_not(q, k, v, *tail)) is not None:
         return reason
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"needs head_dim <= 256, got {max(q.shape[-1], v.shape[-1])}"
@@ -264,6 +265,45 @@ def run_native_backward(
         dq, dk, dv, dsink, *launch.beside(lse), scale, causal, left, right, softcap,
     )  # fmt: skip
     return dq, dk, dv, lse.new_zeros(0) if dsink is None else dsink
+
+
+refuses_triton = partial(refuses, why_not=triton.why_not)
+
+
+def refuses_triton_backward(dout, dlse, q, k, v, out, lse, *tail):
+    if (reason := refuses_triton(q, k, v, *tail)) is not None:
+        return reason
+    size = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32 and size > 128:  # its products would not fit into registers
+        return f"needs head_dim <= 128 in float32, got {size}"
+    return None
+
+
+launch_triton = triton.launcher("attention", "forward")
+launch_triton_backward = triton.launcher("attention_backward", "backward")
+
+
+def run_triton(q, k, v, cu_q, cu_k, max_q, max_k, *tail):
+    _check_packed(q, k, cu_q, cu_k, max_q, max_k)
+    return launch_triton(q, k, v, cu_q, cu_k, max_q, max_k, *tail)
+
+
+def run_triton_backward(dout, dlse, q, k, v, out, lse, *tail):
+    _check_packed(q, k, *tail[:4])
+    return launch_triton_backward(dout, dlse, q, k, v, out, lse, *tail)
+
+
+def _check_packed(q, k, cu_q, cu_k, max_q, max_k):
+    # On CPU only, in Triton's interpreter: looking at them on a GPU would wait for it.
+    if cu_q is None or q.device.type != "cpu":
+        return
+    for name, cu, rows, most in (("q", cu_q, q, max_q), ("k", cu_k, k, max_k)):
+        at = boundaries(cu, f"cu_seqlens_{name}", rows.shape[0])
+        longest = max((b - a for a, b in pairwise(at)), default=0)
+        if longest > most:
+            raise ValueError(
+                f"cu_seqlens_{name} must hold sequences of at most max_seqlen {most}, got {longest}"
+            )
 
 
 def fake(q, k, v, cu_q, *tail):
@@ -358,6 +398,7 @@ ATTENTION = Op(
     shapes=SHAPES | DECODE_SHAPES,
     backends=(
         *native.native_backends("attention", run_native, refuses, cuda_refuses),
+        Backend("triton", run_triton, refuses_triton, automatic=False),
         Backend("torch", attention_torch.run, attention_torch.why_not),
         Backend("reference", reference, executed_flops=executed_materialised),
     ),
@@ -384,6 +425,12 @@ ATTENTION_BACKWARD = Op(
             run_native_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: refuses(q, k, v, *tail),
             lambda dout, dlse, q, k, v, out, lse, *tail: cuda_refuses(q, k, v, *tail),
+        ),
+        Backend(
+            "triton",
+            run_triton_backward,
+            refuses_triton_backward,
+            automatic=False,
         ),
         Backend(
             "torch",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments, moe_index
 from ceg_kernels.ops.moe_route import Routing, moe_route
@@ -207,9 +207,14 @@ def backward_combine(ctx, dout):
     return dy, None, None, dweights
 
 
-def _backends(op, run, stock):
-    # Stock torch moves tokens with the same indexing and sums as the reference.
-    return (*native.native_backends(op, run), Backend("torch", stock), Backend("reference", stock))
+def _backends(op, run, launcher, stock):
+    return (
+        *native.native_backends(op, run),
+        Backend("triton", triton.launcher("moe", launcher), triton.why_not, automatic=False),
+        # Stock torch moves tokens with the same indexing and sums as the reference.
+        Backend("torch", stock),
+        Backend("reference", stock),
+    )
 
 
 MOE_DISPATCH = Op(
@@ -220,7 +225,7 @@ MOE_DISPATCH = Op(
     cost=cost_dispatch,
     samples=samples_dispatch,
     shapes={name: shape["dispatch"] for name, shape in _SHAPES.items()},
-    backends=_backends("moe_dispatch", run_native_dispatch, reference_dispatch),
+    backends=_backends("moe_dispatch", run_native_dispatch, "dispatch", reference_dispatch),
     error_inputs=error_inputs_dispatch,
     save=save_dispatch,
     backward=backward_dispatch,
@@ -234,7 +239,7 @@ MOE_COMBINE = Op(
     cost=cost_combine,
     samples=samples_combine,
     shapes={name: shape["combine"] for name, shape in _SHAPES.items()},
-    backends=_backends("moe_combine", run_native_combine, reference_combine),
+    backends=_backends("moe_combine", run_native_combine, "combine", reference_combine),
     error_inputs=error_inputs_combine,
     save=save_combine,
     backward=backward_combine,
@@ -250,7 +255,10 @@ MOE_COMBINE_BACKWARD = Op(
     samples=samples_combine_backward,
     shapes={name: shape["combine_backward"] for name, shape in _SHAPES.items()},
     backends=_backends(
-        "moe_combine_backward", run_native_combine_backward, reference_combine_backward
+        "moe_combine_backward",
+        run_native_combine_backward,
+        "combine_backward",
+        reference_combine_backward,
     ),
     fp32_reductions=(1,),
 )

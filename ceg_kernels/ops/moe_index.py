@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, Op, Sample, Shape
 from ceg_kernels.ops.moe_route import check_expert_ids, count_tokens, too_many_experts
 
@@ -89,6 +89,18 @@ def cuda_why_not(expert_ids, num_experts, capacity):
     return native.cuda_why_not(expert_ids) or too_many_experts(num_experts)
 
 
+launch_triton = triton.launcher("moe_index", "moe_index")
+
+
+def run_triton(expert_ids, num_experts, capacity):
+    check_expert_ids(expert_ids, num_experts)
+    return launch_triton(expert_ids, num_experts, capacity)
+
+
+def why_not_triton(expert_ids, num_experts, capacity):
+    return triton.why_not_experts(num_experts, expert_ids)
+
+
 def fake(expert_ids, num_experts, capacity):
     slots = expert_ids.new_empty(expert_ids.shape)
     return slots, slots.new_empty(slots.numel()), slots.new_empty(num_experts + 1)
@@ -109,6 +121,7 @@ MOE_INDEX = Op(
     # The reference is what stock torch offers: a stable sort and index arithmetic.
     backends=(
         *native.native_backends("moe_index", run_native, cuda_refuses=cuda_why_not),
+        Backend("triton", run_triton, why_not_triton, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),
     ),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ceg_kernels import native
+from ceg_kernels import native, triton
 from ceg_kernels.op import Backend, Cost, ErrorInput, Op, Sample, Shape
 from ceg_kernels.ops import arguments
 
@@ -167,11 +167,19 @@ def too_many_experts(experts: int) -> str | None:
 
 
 def cuda_why_not(logits, *rest):
-    return native.cuda_why_not(logits) or too_many_experts(logits.shape[1])
+    return native.cuda_why_not(logits, *rest) or too_many_experts(logits.shape[1])
 
 
 def cuda_why_not_backward(dweights, logits, *rest):
-    return cuda_why_not(logits)
+    return cuda_why_not(logits, dweights, *rest)
+
+
+def why_not_triton(logits, *rest):
+    return triton.why_not_experts(logits.shape[1], logits, *rest)
+
+
+def why_not_triton_backward(dweights, logits, *rest):
+    return triton.why_not_experts(logits.shape[1], logits, dweights, *rest)
 
 
 def fake(logits, bias, top_k, score, renormalize):
@@ -237,6 +245,7 @@ MOE_ROUTE = Op(
     # torch.topk breaks ties as it likes, so stock torch's honest equivalent is the stable sort.
     backends=(
         *native.native_backends("moe_route", run_native, cuda_refuses=cuda_why_not),
+        Backend("triton", triton.launcher("moe_route", "forward"), why_not_triton, automatic=False),
         Backend("torch", reference),
         Backend("reference", reference),
     ),
@@ -257,6 +266,12 @@ MOE_ROUTE_BACKWARD = Op(
     backends=(
         *native.native_backends(
             "moe_route_backward", run_native_backward, cuda_refuses=cuda_why_not_backward
+        ),
+        Backend(
+            "triton",
+            triton.launcher("moe_route", "backward"),
+            why_not_triton_backward,
+            automatic=False,
         ),
         Backend("torch", reference_backward),
         Backend("reference", reference_backward),

@@ -18,6 +18,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+MOST_EXPERTS = 8192  # of one token in the registers of one program
+
 MISSING = (
     None
     if importlib.util.find_spec("triton") is not None
@@ -40,6 +42,15 @@ def why_not(*args: Any) -> str | None:
     if tensors[0].dtype.is_floating_point and tensors[0].dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         return f"needs dtype in {{{names}}}, got {str(tensors[0].dtype).removeprefix('torch.')}"
+    return None
+
+
+def why_not_experts(num_experts: int, *args: Any) -> str | None:
+    """`why_not` of the rest, for kernels that hold a number for each expert in registers."""
+    if (reason := why_not(*args)) is not None:
+        return reason
+    if num_experts > MOST_EXPERTS:
+        return f"needs at most {MOST_EXPERTS} experts, got {num_experts}"
     return None
 
 

@@ -23,7 +23,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ceg_kernels.triton.launch import Gpu, Launch, record
 
-FAMILIES = ("rms_norm", "rope")  # modules beside this one that have `compiled()`
+# Modules beside this one that have `compiled()`.
+FAMILIES = (
+    "rms_norm", "rope", "moe_route", "moe_index", "moe", "attention", "attention_backward",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,12 @@ class Facts:
         return None
 
 
-def report(targets: Iterable[str] = tuple(TARGETS), every_case: bool = True) -> Iterator[Facts]:
-    """Compile and describe, one kernel at a time (0.3 s each; Triton's cache remembers).
+def report(
+    targets: Iterable[str] = tuple(TARGETS),
+    every_case: bool = True,
+    families: Iterable[str] = FAMILIES,
+) -> Iterator[Facts]:
+    """Compile and describe, one kernel at a time (0.3 to 5 s each; Triton's cache remembers).
 
     A kernel that two cases share appears once; without `every_case`, each kernel in its first case
     only. Raises ValueError for an unknown target, RuntimeError
@@ -89,7 +96,7 @@ def report(targets: Iterable[str] = tuple(TARGETS), every_case: bool = True) -> 
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {name!r}")
         target = TARGETS[name]
         seen: set[Any] = set()
-        for family, case, one in _launches(target):
+        for family, case, one in _launches(target, families):
             if not every_case and one.kernel in seen:
                 continue
             built = build(one, target)
@@ -98,8 +105,10 @@ def report(targets: Iterable[str] = tuple(TARGETS), every_case: bool = True) -> 
                 yield describe(built, target, family, case)
 
 
-def _launches(target: Target) -> Iterator[tuple[str, str, Launch]]:
-    for family in FAMILIES:
+def _launches(
+    target: Target, families: Iterable[str] = FAMILIES
+) -> Iterator[tuple[str, str, Launch]]:
+    for family in families:
         for case, call in importlib.import_module(f"ceg_kernels.triton.{family}").compiled():
             with record(target.gpu) as launches:
                 call()

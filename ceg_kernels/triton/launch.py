@@ -22,6 +22,11 @@ class Gpu:
     warp: int  # threads that run in lockstep
     processors: int  # SMs or compute units
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether a copy engine (TMA: Hopper and later) loads blocks by a tensor's description."""
+        return self.arch == "interpreter" or (self.arch[:3] == "sm_" and int(self.arch[3:]) >= 90)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -91,6 +96,16 @@ def launch(
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. (`triton.cdiv` takes 3 us of the host; this is called for every launch.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def unit_stride(t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import Gpu, as_rows, gpu_of, launch
+from ceg_kernels.triton.launch import Gpu, as_rows, cdiv, gpu_of, launch, next_power_of_2
 
 
 @triton.jit
@@ -219,7 +219,7 @@ class Tile:
 
 def tile_of(size: int, longest: int, gpu: Gpu, least_threads: int = LEAST_THREADS) -> Tile:
     """Rows and columns of a tile. Chosen for bytes in flight, and not yet measured on any GPU."""
-    block = triton.next_power_of_2(size) if size <= longest else longest // 4
+    block = next_power_of_2(size) if size <= longest else longest // 4
     threads = min(max(block // PER_THREAD, least_threads), MOST_THREADS)
     rows = min(max(1, threads * PER_THREAD // block), MOST_ROWS)
     return Tile(rows, block, threads // gpu.warp)
@@ -234,7 +234,7 @@ def forward(x, weight, residual, eps, weight_offset):
     tile = tile_of(size, LONGEST_FWD, gpu_of(x))
     kernel = rms_norm_fwd_kernel if size <= LONGEST_FWD else rms_norm_long_fwd_kernel
     launch(
-        kernel, (triton.cdiv(rows.shape[0], tile.rows),),
+        kernel, (cdiv(rows.shape[0], tile.rows),),
         rows, more, _dense(weight), y, None if more is None else summed, rstd, rows.shape[0],
         rows.stride(0), 0 if more is None else more.stride(0), eps, weight_offset,
         D=size, ROWS=tile.rows, BLOCK=tile.block, warps=tile.warps,
@@ -252,14 +252,14 @@ def backward(dy, dh, h, weight, rstd, weight_offset):
     if size > LONGEST_BWD:
         tile = tile_of(size, LONGEST_BWD, gpu)
         launch(
-            rms_norm_long_bwd_kernel, (triton.cdiv(n_rows, tile.rows),),
+            rms_norm_long_bwd_kernel, (cdiv(n_rows, tile.rows),),
             dy, more, rows, _dense(weight), rstd, dx, n_rows, *strides, weight_offset,
             D=size, ROWS=tile.rows, BLOCK=tile.block, warps=tile.warps,
         )  # fmt: skip
         return dx, h.new_empty(0) if weight is None else _long_dweight(dy, rows, rstd, weight, gpu)
     tile = tile_of(size, LONGEST_BWD, gpu, least_threads=RESIDENT_THREADS // 2)
     resident = gpu.processors * (RESIDENT_THREADS // (tile.warps * gpu.warp))
-    programs = min(triton.cdiv(n_rows, tile.rows), resident)
+    programs = min(cdiv(n_rows, tile.rows), resident)
     partials = None if weight is None else rstd.new_empty(programs, size)
     launch(
         rms_norm_bwd_kernel, (programs,),
@@ -271,8 +271,8 @@ def backward(dy, dh, h, weight, rstd, weight_offset):
 
 def _long_dweight(dy, h, rstd, weight, gpu):
     (n_rows, size), rows, block = h.shape, 4, 512
-    columns = triton.cdiv(size, block)
-    programs = min(triton.cdiv(n_rows, rows), triton.cdiv(8 * gpu.processors, columns))
+    columns = cdiv(size, block)
+    programs = min(cdiv(n_rows, rows), cdiv(8 * gpu.processors, columns))
     partials = rstd.new_empty(programs, size)
     launch(
         rms_norm_long_partials_kernel, (columns, programs),
@@ -285,7 +285,7 @@ def _long_dweight(dy, h, rstd, weight, gpu):
 def _dweight(partials, weight):
     dweight = weight.new_empty(weight.shape)
     launch(
-        rms_norm_dweight_kernel, (triton.cdiv(partials.shape[1], 32),),
+        rms_norm_dweight_kernel, (cdiv(partials.shape[1], 32),),
         partials, dweight, partials.shape[0], D=partials.shape[1], ROWS=64, BLOCK=32, warps=4,
     )  # fmt: skip
     return dweight

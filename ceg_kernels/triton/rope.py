@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import cdiv, gpu_of, launch, next_power_of_2, unit_stride
 
 
 @triton.jit
@@ -103,18 +103,18 @@ def rope(q, k, cos, sin, positions, interleaved, inverse):
     q, k, cos, sin = (unit_stride(t) for t in (q, k, cos, sin))
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     half = cos.shape[1]
-    pairs = triton.next_power_of_2(max(half, 1))
+    pairs = next_power_of_2(max(half, 1))
     per_program = PER_THREAD * THREADS
     most = max(1, 2 * per_program // (2 * pairs))  # heads at once: at most twice PER_THREAD
-    tile, tile_kv = (min(triton.next_power_of_2(max(n, 1)), most) for n in (heads, k.shape[2]))
+    tile, tile_kv = (min(next_power_of_2(max(n, 1)), most) for n in (heads, k.shape[2]))
     tokens = min(max(1, per_program // (max(tile, tile_kv) * 2 * pairs)), MOST_TOKENS)
     launch(
-        rope_kernel, (triton.cdiv(batch * length, tokens),),
+        rope_kernel, (cdiv(batch * length, tokens),),
         q, k, cos, sin, None if positions is None else positions.contiguous(), q_out, k_out,
         batch * length, length, cos.shape[0], *q.stride()[:3], *k.stride()[:3],
         cos.stride(0), sin.stride(0),
         H=heads, H_KV=k.shape[2], D=size, HALF=half, TOKENS=tokens, HEADS=tile, HEADS_KV=tile_kv,
-        PAIRS=pairs, REST=triton.next_power_of_2(max(size - 2 * half, 1)),
+        PAIRS=pairs, REST=next_power_of_2(max(size - 2 * half, 1)),
         INTERLEAVED=interleaved, INVERSE=inverse, warps=THREADS // gpu_of(q).warp,
     )  # fmt: skip
     return q_out, k_out

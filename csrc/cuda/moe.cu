@@ -11,6 +11,7 @@ namespace {
 
 // A block has kWarps rows; a warp moves kItems vectors a lane of its row, blockIdx.y says which.
 constexpr int kWarps = 4, kItems = 4;
+constexpr int kResident = resident(kWarp * kWarps, 64);
 
 struct Copy {
   const void* x;
@@ -24,7 +25,7 @@ struct Copy {
 
 // Bytes are copied as they are: a NaN's payload must come out unchanged.
 template <class Raw>
-__global__ void __launch_bounds__(kWarp* kWarps) moe_dispatch_kernel(const Copy a) {
+__global__ void __launch_bounds__(kWarp* kWarps, kResident) moe_dispatch_kernel(const Copy a) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (row >= a.rows) return;
   const int source = a.sources[row];
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) moe_dispatch_kernel(const Copy 
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int o = first + i * kWarp;
-    if (o < a.units) to[o] = items[i];
+    if (o < a.units) __stwb(to + o, items[i]);
   }
 }
 
@@ -59,7 +60,7 @@ struct Combine {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kWarp* kWarps) moe_combine_kernel(const Combine<T> a) {
+__global__ void __launch_bounds__(kWarp* kWarps, kResident) moe_combine_kernel(const Combine<T> a) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   const int o = (blockIdx.y * kWarp + threadIdx.x) * N;
   if (n >= a.tokens || o >= a.dim) return;
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(kWarp* kWarps) moe_combine_kernel(const Combin
 // A warp has one choice: its row of dy and its dweight; and, where the row of the same number is
 // empty, that row's zeros.
 template <class T, int N>
-__global__ void __launch_bounds__(kWarp* kWarps) moe_combine_bwd_kernel(const Combine<T> a) {
+__global__ void __launch_bounds__(kWarp* kWarps, kResident)
+    moe_combine_bwd_kernel(const Combine<T> a) {
   const int64_t choice = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   if (choice >= a.rows) return;
   if (a.sources[choice] < 0) {

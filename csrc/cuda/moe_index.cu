@@ -73,7 +73,8 @@ __device__ __forceinline__ void count(const Index& a) {
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) moe_index_count_kernel(const Index a) {
+__global__ void __launch_bounds__(kThreads, resident(kThreads, 64))
+    moe_index_count_kernel(const Index a) {
   count(a);
   for (int expert = threadIdx.x; expert < a.experts; expert += kThreads) {
     int sum = 0;
@@ -112,7 +113,8 @@ __device__ __forceinline__ int exclusive_scan(Scan& scan, int turn, int value, i
 
 // kOne: the only block, which has counted for itself alone.
 template <bool kOne>
-__global__ void __launch_bounds__(kThreads) moe_index_place_kernel(const Index a) {
+__global__ void __launch_bounds__(kThreads, resident(kThreads, 64))
+    moe_index_place_kernel(const Index a) {
   count(a);
   int* firsts = table_of(a, a.warps);
 

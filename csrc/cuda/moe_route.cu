@@ -13,9 +13,7 @@ namespace {
 enum class Score { softmax, sigmoid };
 
 constexpr int kMostWarps = 4;  // tokens a block, one a warp
-// Blocks a multiprocessor: left to itself, nvcc 13.0 held fp16 on sm_80 to 32 registers and
-// spilled.
-constexpr int kResident = 8;
+constexpr int kResident = resident(kWarp * kMostWarps, 64);
 
 template <class T>
 struct Route {

@@ -30,10 +30,10 @@ constexpr int kWarpRow = 1024;
 constexpr int kRowsOfWarps = 4;
 constexpr int kWarpThreads = kWarp * kRowsOfWarps;
 
-// Blocks that a multiprocessor has the registers for, by threads a block and by the elements of
-// `item_size` bytes that a thread holds (three times: dy, h, dweight).
+// Blocks a multiprocessor, by threads a block and by the elements of `item_size` bytes that a
+// thread holds (three times: dy, h, dweight).
 constexpr int resident_blocks(int threads, int elements, int64_t item_size) {
-  return (elements <= 8 ? 1024 : item_size == 2 ? 512 : 384) / threads;
+  return resident(threads, elements <= 8 ? 64 : item_size == 2 ? 128 : 168);
 }
 
 // The same by the length of a row: see run().
@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(kThreads* kRows,
 
 // dx of rows that do not fit the registers of a block: they are read twice, then from L2.
 template <class T, int N, int kThreads>
-__global__ void __launch_bounds__(kThreads) rms_norm_long_bwd_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kThreads, resident(kThreads, 64))
+    rms_norm_long_bwd_kernel(const Backward<T> a) {
   const int64_t row = blockIdx.x;
   const T *dy_row = a.dy + row * a.dy_stride, *h_row = a.h + row * a.h_stride;
   float sum = 0;
@@ -186,7 +187,8 @@ __global__ void __launch_bounds__(kThreads) rms_norm_long_bwd_kernel(const Backw
 
 // Their dweight: a thread takes N columns of every gridDim.y-th row.
 template <class T, int N, int kThreads>
-__global__ void __launch_bounds__(kThreads) rms_norm_long_partials_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kThreads, resident(kThreads, 64))
+    rms_norm_long_partials_kernel(const Backward<T> a) {
   const int64_t o = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (o >= a.dim) return;
   float dweight[N] = {};
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_long_partials_kernel(const 
 
 // dweight[o] = sum of column o of partials: (rows, dim), by kSlices threads a column.
 template <class W, int kSlices>
-__global__ void __launch_bounds__(kWarp* kSlices)
+__global__ void __launch_bounds__(kWarp* kSlices, resident(kWarp* kSlices, 64))
     rms_norm_dweight_kernel(const float* partials, int64_t rows, int64_t dim, W* dweight) {
   struct Slices {
     float sums[kSlices][kWarp];

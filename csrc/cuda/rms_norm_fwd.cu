@@ -44,7 +44,9 @@ __device__ __forceinline__ void write(const Forward<T>& a, int64_t row, int o, f
 // kRows rows a block, each with kThreads threads that hold kElements of it in registers: memory is
 // read once.
 template <class T, int N, int kThreads, int kElements, int kRows>
-__global__ void __launch_bounds__(kThreads* kRows) rms_norm_fwd_kernel(const Forward<T> a) {
+__global__ void __launch_bounds__(kThreads* kRows,
+                                  resident(kThreads* kRows, kElements <= 8 ? 64 : 84))
+    rms_norm_fwd_kernel(const Forward<T> a) {
   static_assert(kRows == 1 || kThreads == kWarp, "several rows a block: a warp each, no barriers");
   static_assert(kElements % N == 0, "a thread holds whole vectors");
   constexpr int kItems = kElements / N;
@@ -85,7 +87,8 @@ __global__ void __launch_bounds__(kThreads* kRows) rms_norm_fwd_kernel(const For
 
 // Rows that do not fit the registers of a block are read twice, the second time from L2.
 template <class T, int N, int kThreads>
-__global__ void __launch_bounds__(kThreads) rms_norm_long_fwd_kernel(const Forward<T> a) {
+__global__ void __launch_bounds__(kThreads, resident(kThreads, 64))
+    rms_norm_long_fwd_kernel(const Forward<T> a) {
   const int64_t row = blockIdx.x;
   const T* x = a.x + row * a.x_stride;
   const T* residual = a.residual + row * a.residual_stride;

@@ -72,7 +72,8 @@ __device__ __forceinline__ void turn(float (&a)[N], float (&b)[N], const float (
 
 // A block takes some tokens and kHeads heads of q or of k (blockIdx.y); a thread N pairs of them.
 template <class T, int N, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) rope_kernel(const Rotation<T> a) {
+__global__ void __launch_bounds__(kThreads, resident(kThreads, 102))
+    rope_kernel(const Rotation<T> a) {
   const int lane = threadIdx.x % a.lanes, tokens_each = kThreads / a.lanes;
   const int64_t token =
       static_cast<int64_t>(blockIdx.x) * tokens_each + static_cast<int>(threadIdx.x) / a.lanes;
@@ -127,9 +128,8 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const Rotation<T> a) {
 #pragma unroll
     for (int head = 0; head < kHeads; ++head) {
       if (first_head + head >= x.heads) continue;
-      using Raw = Access<T, N>;
-      *reinterpret_cast<Raw*>(to + head * x.to_head + o) =
-          load_once<N>(from + head * x.from_head + o).raw;
+      __stwb(reinterpret_cast<Access<T, N>*>(to + head * x.to_head + o),
+             load_once<N>(from + head * x.from_head + o).raw);
     }
   }
 }

@@ -57,7 +57,8 @@ __device__ __forceinline__ Pack<T, N> load_constant(const T* p) {
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const float (&values)[N]) {
   static_assert(std::is_trivially_copyable_v<T>, "stored as bytes");
-  *reinterpret_cast<Access<T, N>*>(p) = Pack<T, N>::of(values).raw;
+  // Not an assignment: nvcc 13.0 split some of those into stores of four bytes.
+  __stwb(reinterpret_cast<Access<T, N>*>(p), Pack<T, N>::of(values).raw);
 }
 
 // Whether every row of the last dimension starts at a multiple of 16 bytes and is a whole number of

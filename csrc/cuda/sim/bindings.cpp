@@ -1,5 +1,5 @@
-// The module _sim, with AddressSanitizer in the file _sim_asan: the CUDA launchers of _C, run by the
-// simulator on arrays of the CPU.
+// The module _sim, with AddressSanitizer in the file _sim_asan: the CUDA launchers of _C, run by
+// the simulator on arrays of the CPU.
 #include "../bindings.h"
 
 #include "block.h"

@@ -58,6 +58,10 @@ void __stcs(T* p, T value) {
   *p = value;
 }
 template <class T>
+void __stwb(T* p, T value) {
+  __stcs(p, value);
+}
+template <class T>
 void __stcg(T* p, T value) {
   __stcs(p, value);
 }

@@ -1,0 +1,194 @@
+"""Flash attention forward; the formula is in ops/attention_reference.py.
+
+A program takes BLOCK_M queries of one head and visits the keys they see in blocks of BLOCK_N, with
+the running maximum and sum of each row (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al.
+2022, arXiv 2205.14135). Heads of a group read the same K and V; nothing is expanded. Blocks that
+every row sees whole have no mask code, blocks that nobody sees are not visited.
+
+    q: (B, Tq, H, D), k: (B, Tk, H_kv, D), v: (B, Tk, H_kv, DV), out: like q with DV, lse: (B, H, Tq)
+    packed: (total, H, D), lse (H, total), cu: (B + 1,);  s_: strides;  M: queries, N: keys of a tile
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ceg_kernels.triton.attention_config import for_queries
+from ceg_kernels.triton.attention_problem import (
+    CASES,
+    described,
+    lse_strides,
+    problem_of,
+    strides,
+)
+from ceg_kernels.triton.attention_tile import (
+    LOG2E,
+    dot,
+    load_rows,
+    logits,
+    partners,
+    sequence,
+    store_rows,
+    view,
+    visible,
+)
+from ceg_kernels.triton.launch import cdiv, gpu_of, launch, unit_stride
+
+
+@triton.jit
+def _visit(
+    acc, top, total, q, keys, values, d_k, d_v, o_m, first, last, n_k, shift, left, right, slope,
+    scale, softcap, to_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
+    BIASED: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys [first, last) enter the output, maximum and sum of the rows."""
+    for start in tl.range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+
+        # Logits.
+        k = load_rows(keys, d_k, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
+        s = dot(q, tl.trans(k))
+        distance = o_n[None, :] - o_m[:, None] - shift
+        if not FOLDED:
+            s, _ = logits(s, distance, slope, scale, softcap, CAPPED, BIASED)
+        if MASKED:
+            m = visible(distance, o_n[None, :], n_k, left, right, HAS_LEFT, HAS_RIGHT)
+            s = tl.where(m, s, float("-inf"))
+
+        # Softmax. The maximum is subtracted before the factor to base 2 is applied: in one fma the
+        # product's rounding would leave exp(0) != 1 where logits are huge.
+        now = tl.maximum(top, tl.max(s, axis=1))
+        # Nothing visible yet: any finite number keeps exp(-inf - base) at 0 instead of NaN.
+        base = tl.where(now == float("-inf"), 0.0, now)
+        p = tl.exp2((s - base[:, None]) * to_log2)
+        rescale = tl.exp2((top - base) * to_log2)
+        total = total * rescale + tl.sum(p, axis=1)
+        top = now
+
+        # Values.
+        v = load_rows(values, d_v, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
+        acc = acc * rescale[:, None] + dot(p.to(v.dtype), v)
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "heads", "n_heads", "left", "right"])
+def attention_fwd_kernel(
+    p_q, p_k, p_v, d_k, d_v, p_out, p_lse, p_cu_q, p_cu_k, p_slopes, p_sink,
+    n_q, n_k, heads, n_heads,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ob, s_ot, s_oh, s_lb, s_lh, s_slopes,
+    left, right, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    # All heads of a tile of queries are neighbours, the last queries first: under a causal mask
+    # they see most keys, and short tiles fill the processors at the end.
+    tile = (tl.num_programs(0) // n_heads - 1) - tl.program_id(0) // n_heads
+    o_bh = tl.program_id(0) % n_heads
+    b, h = (o_bh // heads).to(tl.int64), (o_bh % heads).to(tl.int64)
+    first_q, n_q = sequence(p_cu_q, b, n_q)
+    first_k, n_k = sequence(p_cu_k, b, n_k)
+    if tile * BLOCK_M >= n_q:
+        return
+    shift = n_k - n_q
+    last = tl.minimum(tile * BLOCK_M + BLOCK_M, n_q) - 1
+    o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    # Load.
+    queries = view(p_q, s_qb, s_qt, s_qh, p_cu_q, b, h, first_q)
+    q = load_rows(queries, None, tile * BLOCK_M, n_q, True, D, BLOCK_M, BLOCK_D)
+    keys = view(p_k, s_kb, s_kt, s_kh, p_cu_k, b, h // GROUP, first_k)
+    values = view(p_v, s_vb, s_vt, s_vh, p_cu_k, b, h // GROUP, first_k)
+    BIASED: tl.constexpr = p_slopes is not None
+    slope = 0.0
+    if BIASED:
+        slope = tl.load(p_slopes + b * s_slopes + h)
+    # FOLDED: only the scale is missing, which commutes with the maximum.
+    to_log2 = scale * LOG2E if FOLDED else LOG2E
+
+    # Visit the keys.
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    start, whole, rest, stop = partners(
+        tile * BLOCK_M, last, shift, left, right, n_k, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    # Borders of packed sequences are nothing that a descriptor knows.
+    b_k = None if p_cu_k is not None else d_k
+    b_v = None if p_cu_k is not None else d_v
+    if HAS_LEFT:
+        acc, top, total = _visit(
+            acc, top, total, q, keys, values, b_k, b_v, o_m, start, tl.minimum(whole, stop), n_k,
+            shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
+        )  # fmt: skip
+    acc, top, total = _visit(
+        acc, top, total, q, keys, values, d_k, d_v, o_m, whole, rest, n_k,
+        shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, False,
+    )  # fmt: skip
+    acc, top, total = _visit(
+        acc, top, total, q, keys, values, b_k, b_v, o_m, rest, stop, n_k,
+        shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
+    )  # fmt: skip
+
+    # Normalise. The sink joins the sum as one more logit.
+    if FOLDED:
+        # Not of -inf, which stays: a scale of a NaN in the maximum is NaN either way.
+        top = top * scale
+    if p_sink is not None:
+        sink = tl.load(p_sink + h)
+        now = tl.maximum(top, sink)
+        base = tl.where(now == float("-inf"), 0.0, now)
+        rescale = tl.exp2((top - base) * LOG2E)
+        total = total * rescale + tl.exp2((sink - base) * LOG2E)
+        acc, top = acc * rescale[:, None], now
+    blind = total == 0.0
+    safe = tl.where(blind, 1.0, total)
+
+    # Write.
+    lse = tl.where(blind, float("-inf"), top + tl.log(safe))
+    p_lse += b * s_lb + h * s_lh + first_q
+    tl.store(p_lse + o_m, lse, mask=o_m < n_q)
+    p_out += b * s_ob + first_q * s_ot + h * s_oh
+    store_rows(p_out, s_ot, o_m, n_q, acc * (1.0 / safe)[:, None], DV, BLOCK_DV)
+
+
+def forward(
+    q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, scale, causal, left, right, softcap
+):  # fmt: skip
+    """Schema of ceg::attention."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    p = problem_of(q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, causal, left, right, softcap)
+    packed, heads = cu_q is not None, q.shape[-2]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
+    lse = q.new_empty(shape, dtype=torch.float32)
+    gpu = gpu_of(q)
+    tile = for_queries(p.tile("fwd", gpu), p.n_q)
+    launch(
+        attention_fwd_kernel, (cdiv(p.n_q, tile.m) * p.batch * heads,),
+        q, k, v, *described((k, v), tile.n, p, gpu), out, lse, p.cu_q, p.cu_k, p.slopes, p.sink,
+        p.n_q, p.n_k, heads, p.batch * heads,
+        *strides(q, packed), *strides(k, packed), *strides(v, packed), *strides(out, packed),
+        *lse_strides(lse, packed), p.slopes_stride, p.left, p.right, scale, softcap,
+        **p.constants, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        FOLDED=softcap == 0 and slopes is None and scale > 0,
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def compiled() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The calls whose kernels are compiled ahead of time, by name; see compile.py."""
+    for name, args in CASES.items():
+        yield name, partial(forward, *args)

@@ -1,0 +1,110 @@
+"""Tiles of the attention kernels, from attention_tiles.json: a row per kernel, GPU, head_dim, width
+of the elements and kind of mask.
+
+Rows by "compiler" are the largest tiles that compile without spills and within shared memory: a
+guess at what is fast. `ceg tune` replaces them by measured ones. Nothing is tuned on a user's call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ceg_kernels.triton.launch import Gpu
+
+PATH = Path(__file__).parent / "attention_tiles.json"
+KERNELS = ("fwd", "bwd_dkdv", "bwd_dq")
+
+# GPUs that use the rows of another: the same generation, or one with as little shared memory.
+ALIKE = {"sm_103": "sm_100", "sm_86": "sm_120", "sm_89": "sm_120", "sm_121": "sm_120"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    m: int  # queries
+    n: int  # keys
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Key:
+    kernel: str  # of KERNELS
+    gpu: str  # sm_90, gfx942, ...
+    head_dim: int  # 64, 128 or 256: the next one that is not smaller
+    bits: int  # of an element: 16 or 32
+    mask: str  # causal, full, other (window, softcap, ALiBi or packed); plain: causal or full
+
+
+_FORCED: ContextVar[Mapping[str, Tile] | None] = ContextVar("ceg_attention_tiles", default=None)
+
+
+@contextlib.contextmanager
+def forced(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Kernels launched inside take these tiles, by kernel; for `ceg tune`."""
+    token = _FORCED.set(tiles)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def rows(path: Path = PATH) -> dict[Key, tuple[Tile, Any]]:
+    """The table: each key's tile and where it comes from."""
+    listed = json.loads(path.read_text())
+    return {Key(*row["key"]): (Tile(*row["tile"]), row["by"]) for row in listed}
+
+
+def write(table: Mapping[Key, tuple[Tile, Any]], path: Path = PATH) -> None:
+    """Replace the table, a line for each row; a reader sees the old one or the new one."""
+    lines = [
+        json.dumps({"key": [*vars(key).values()], "tile": [*vars(tile).values()], "by": by})
+        for key, (tile, by) in sorted(table.items(), key=lambda row: [*map(str, vars(row[0]))])
+    ]
+    temporary = path.with_suffix(".new")
+    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    temporary.replace(path)
+
+
+@functools.cache
+def _tiles() -> dict[Key, Tile]:
+    return {key: tile for key, (tile, _) in rows().items()}
+
+
+def key_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask: str) -> Key:
+    """The key of a call: its GPU as it is called in the table, or the one with least memory."""
+    size = max(constants["BLOCK_D"], constants["BLOCK_DV"])
+    head_dim = 64 if size <= 64 else 128 if size <= 128 else 256
+    arch = ALIKE.get(gpu.arch, gpu.arch)
+    if Key("fwd", arch, 64, 16, "plain") not in _tiles():
+        arch = "gfx942" if gpu.warp == 64 else "sm_120"
+    return Key(kernel, arch, head_dim, bits, mask)
+
+
+def plain(key: Key) -> Key:
+    """The key that a call falls back to whose own mask was not measured."""
+    return replace(key, mask="plain") if key.mask in ("causal", "full") else key
+
+
+def tile_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask: str) -> Tile:
+    """The tile of a call; where it was not measured, that for any plain mask."""
+    if (given := _FORCED.get()) is not None and kernel in given:
+        return given[kernel]
+    if gpu.arch == "interpreter":
+        return Tile(64, 64, 4, 1)  # small, so that the tests have several
+    key = key_of(kernel, gpu, constants, bits, mask)
+    return _tiles().get(key) or _tiles()[plain(key)]
+
+
+def for_queries(tile: Tile, n_q: int) -> Tile:
+    """Few queries, as in decoding, take no more rows than they need."""
+    m = tile.m
+    while m >= 2 * n_q and m > 16:
+        m //= 2
+    return tile if m == tile.m else Tile(m, tile.n, min(tile.warps, 4), tile.stages)

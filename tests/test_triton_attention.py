@@ -1,0 +1,206 @@
+"""Triton attention beyond the grid over OPS: tiles of every kind in one row of tiles (partly masked
+on the left, whole, partly masked on the right, past the end), bits that do not depend on strides or
+on what else is in the batch, where NaN may go, extreme logits, refusals.
+
+Left out, as in the formula itself: a NaN in v or dout, which 0 * NaN carries to rows that do not
+see it.
+"""
+
+import math
+
+import pytest
+import torch
+from numerics import compare
+
+from ceg_kernels import OPS, flash_attention_varlen, triton, use_backend
+from ceg_kernels.ops.attention import ATTENTION, ATTENTION_BACKWARD
+from ceg_kernels.ops.attention_reference import reference
+
+pytestmark = pytest.mark.skipif(triton.MISSING is not None, reason=str(triton.MISSING))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+forward = ATTENTION.backend("triton").run
+backward = ATTENTION_BACKWARD.backend("triton").run
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def tail(tq, tk, *, slopes=None, sink=None, scale=0.2, causal=False, window=(-1, -1), softcap=0.0):
+    return None, None, tq, tk, slopes, sink, scale, causal, *window, softcap
+
+
+def saved(args, dtype=torch.float32):
+    """What a forward leaves to its backward: out and lse."""
+    q, k, v, *rest = args
+    rest = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
+    out, lse = reference(q.double(), k.double(), v.double(), *rest)
+    return out.to(dtype), lse.float()
+
+
+LONG = {
+    "causal": (torch.float32, {"causal": True}),
+    "full": (torch.float16, {}),
+    "window": (torch.float32, {"window": (170, 140)}),
+    "everything": (torch.bfloat16, {
+        "slopes": normal(4).abs() * 0.02, "sink": normal(4, seed=1), "causal": True,
+        "window": (200, -1), "softcap": 4.0,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_many_tiles_match_the_formula(name):
+    dtype, flags = LONG[name]
+    tq, tk = 400, 310
+    q, dout = (normal(1, tq, 4, 40, dtype=dtype, seed=i) for i in (0, 1))
+    k, v = (normal(1, tk, 2, 40, dtype=dtype, seed=i) for i in (2, 3))
+    args = q, k, v, *tail(tq, tk, **flags)
+    assert compare(ATTENTION, forward(*args), args) <= 1
+    out, lse = saved(args, dtype)
+    given = dout, normal(*lse.shape), q, k, v, out, lse, *args[3:]
+    assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+
+
+def _both(dout, *args):
+    out, lse = forward(*args)
+    return out, lse, *backward(dout, None, *args[:3], out, lse, *args[3:])
+
+
+def test_strides_change_no_bit():
+    packed = normal(2, 150, 3, 2, 40)
+    q, k, v = packed.unbind(2)
+    rest, dout = tail(150, 150, causal=True), normal(2, 150, 2, 40, seed=1)
+    first = _both(dout, *(t.contiguous() for t in (q, k, v)), *rest)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    for views in ((q, k, v), turned):
+        for ours, other in zip(_both(dout, *views, *rest), first, strict=True):
+            assert torch.equal(ours, other)
+
+
+def test_other_sequences_change_no_bit():
+    """Sequences packed behind each other against each alone: nothing is read across the border."""
+    lengths = [70, 40, 0, 133]  # none so short that its tile is another
+    cu = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    q, dout, v = (normal(243, 2, 24, seed=i) for i in range(3))
+    k = normal(243, 2, 24, seed=3)
+    flags = None, None, 0.2, True, -1, -1, 0.0
+    out, lse, dq, dk, dv, _ = _both(dout, q, k, v, cu, cu, 133, 133, *flags)
+    first = 0
+    for length in lengths:
+        own = slice(first, first + length)
+        alone = _both(
+            dout[own][None], *(t[own][None] for t in (q, k, v)), None, None, length, length, *flags
+        )
+        for packed, one in zip((out, dq, dk, dv), (alone[0], *alone[2:5]), strict=True):
+            assert torch.equal(packed[own], one[0])
+        assert torch.equal(lse[:, own], alone[1][0])
+        first += length
+
+
+@pytest.mark.parametrize(("bad", "at"), [(math.nan, 131), (math.inf, 0), (-math.inf, 149)])
+def test_bad_values_stay_with_who_sees_them(bad, at):
+    t = 150
+    q, k, v, dout = (normal(1, t, 1, 24, seed=i) for i in range(4))
+    rest = tail(t, t, causal=True)
+    clean, clean_lse, clean_dq, *_ = _both(dout, q, k, v, *rest)
+    others = [i for i in range(t) if i != at]
+    spoiled = q.clone()
+    spoiled[0, at, 0, 3] = bad
+    out, lse, dq, *_ = _both(dout, spoiled, k, v, *rest)
+    if math.isnan(bad):
+        assert out[0, at].isnan().all()
+    assert torch.equal(out[0, others], clean[0, others])
+    assert torch.equal(lse[..., others], clean_lse[..., others])
+    assert torch.equal(dq[0, others], clean_dq[0, others])
+    spoiled = k.clone()
+    spoiled[0, at, 0, 3] = bad
+    out, lse = forward(q, spoiled, v, *rest)
+    assert torch.equal(out[0, :at], clean[0, :at])
+    assert torch.equal(lse[..., :at], clean_lse[..., :at])
+    if math.isnan(bad):
+        assert out[0, at:].isnan().all()
+
+
+def test_rows_that_see_nothing():
+    # Tq > Tk under a causal mask: the first 60 queries are blind.
+    q, dout = normal(1, 200, 2, 16), normal(1, 200, 2, 16, seed=1)
+    k, v = normal(1, 140, 2, 16), normal(1, 140, 2, 16, seed=2)
+    sink = torch.tensor([0.5, -math.inf], device=DEVICE)
+    for given, lse_there in ((None, [-math.inf] * 2), (sink, sink.tolist())):
+        rest = tail(200, 140, causal=True, sink=given)
+        out, lse, dq, dk, dv, _ = _both(dout, q, k, v, *rest)
+        assert (out[:, :60] == 0).all()
+        assert (dq[:, :60] == 0).all()
+        for head in range(2):
+            assert (lse[0, head, :60] == lse_there[head]).all()
+        assert all(t.isfinite().all() for t in (out[:, 60:], dq, dk, dv))
+
+
+@pytest.mark.parametrize("size", [30.0, 3e4], ids=["thousands", "beyond fp16"])
+@pytest.mark.parametrize("slopes", [None, torch.ones(1, device=DEVICE)], ids=["plain", "alibi"])
+def test_huge_logits(size, slopes):
+    q, v = normal(1, 150, 1, 32) * size, normal(1, 150, 1, 32)
+    args = q, q / size, v, *tail(150, 150, causal=True, slopes=slopes)
+    assert compare(ATTENTION, forward(*args), args) <= 1
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_negative_and_zero_scale(scale):
+    args = *(normal(1, 140, 1, 24, seed=i) for i in range(3)), *tail(140, 140, scale=scale)
+    assert compare(ATTENTION, forward(*args), args) <= 1
+
+
+def test_small_logits_under_a_softcap_keep_their_digits():
+    # tanh near 0: a cap of 50 would magnify what 1 - 2 / (exp + 1) loses there.
+    args = *(normal(1, 64, 1, 24, seed=i) for i in range(3)), *tail(64, 64, softcap=50.0)
+    assert compare(ATTENTION, forward(*args), args) <= 1
+
+
+@pytest.mark.parametrize("d", [1, 31, 250])
+def test_head_dims_that_fill_no_tile(d):
+    q, k, v, dout = (normal(1, 37, 2, d, dtype=torch.bfloat16, seed=i) for i in range(4))
+    args = q, k, v, *tail(37, 37, causal=True)
+    assert compare(ATTENTION, forward(*args), args) <= 1
+    given = dout, None, q, k, v, *saved(args, torch.bfloat16), *args[3:]
+    assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_backward"])
+def test_refusals_say_why(op):
+    q = torch.zeros(1, 2, 1, 264, device=DEVICE)
+    cases = [(q, "needs head_dim <= 256, got 264"), (q[..., :8].double(), "got float64")]
+    if op == "attention_backward":
+        cases.append((q[..., :136], "needs head_dim <= 128 in float32, got 136"))
+    for bad, match in cases:
+        args = bad, bad, bad, *tail(2, 2)
+        if op == "attention_backward":
+            args = bad, None, *args[:3], bad, torch.zeros(1, 1, 2, device=DEVICE), *args[3:]
+        with use_backend("triton"), pytest.raises(RuntimeError, match=f"refuses: .*{match}"):
+            OPS[op].choose(*args)
+
+
+def test_too_many_rows_are_refused():
+    q = torch.zeros(16, device=DEVICE).expand(1, 2**30, 1, 16)
+    for given in ((q, q[:, :1], q[:, :1]), (q[:, :1], q, q)):
+        name = "q" if given[0] is q else "k"
+        with pytest.raises(ValueError, match=rf"{name} must have fewer than 2\^30 rows, got 1073"):
+            forward(*given, *tail(given[0].shape[1], given[1].shape[1]))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looking at them would wait for the GPU")
+@pytest.mark.parametrize(
+    ("cu", "longest", "match"),
+    [
+        ([0, 4, 2, 5], 4, "cu_seqlens_q must rise from 0 to 5 without falling"),
+        ([0, 4, 5, 6], 4, "cu_seqlens_q must rise from 0 to 5 without falling"),
+        ([0, 1, 1, 5], 3, "cu_seqlens_q must hold sequences of at most max_seqlen 3, got 4"),
+    ],
+)
+def test_wrong_cu_seqlens_are_seen(cu, longest, match):
+    q = torch.zeros(5, 1, 16)
+    cu = torch.tensor(cu, dtype=torch.int32)
+    with use_backend("triton"), pytest.raises(ValueError, match=match):
+        flash_attention_varlen(q, q, q, cu, cu, longest, longest)
