@@ -97,8 +97,16 @@ class Cpu:
         """A small parameter beside data of this dtype, as the kernels take it."""
         return as_math(t, dtype)
 
+    def rows(self, t: torch.Tensor) -> torch.Tensor:
+        """`t` itself where the attention kernels can read its rows as they lie, else a copy."""
+        return unit_stride(t)
+
     def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
         """What the launcher `name` takes beyond its outputs for partial sums over t."""
+        return ()
+
+    def beside(self, t: torch.Tensor) -> tuple:
+        """Scratch in the shape of t for a launcher that does not allocate its own."""
         return ()
 
 
@@ -117,9 +125,17 @@ class Cuda:
         # The kernels widen it themselves, which saves a launch.
         return None if t is None else dense(t)
 
+    def rows(self, t: torch.Tensor) -> torch.Tensor:
+        # In aligned pieces of 16 bytes.
+        pieces = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        return t if t.stride(-1) == 1 and pieces and t.data_ptr() % 16 == 0 else dense(t)
+
     def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
         rows = getattr(self._launchers(), f"{name}_rows")(t)
         return (t.new_empty(rows, columns, dtype=dtype),)
+
+    def beside(self, t: torch.Tensor) -> tuple:
+        return (t.new_empty(t.shape),)
 
     def _launchers(self) -> Any:
         return _C.cuda if self.module is None else self.module

@@ -78,6 +78,14 @@ def shipped() -> list[Usage]:
     return usages(native._C.__file__)
 
 
+def machine_code(binary: str, arch: str, symbols: set[str]) -> dict[str, str]:
+    dump = subprocess.run(
+        [cuobjdump(), "-sass", "-arch", arch, "-fun", ",".join(sorted(symbols)), binary],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", dump, re.DOTALL))
+
+
 def archs() -> list[str]:
     """Those with machine code; PTX (90-virtual) is compiled by the driver."""
     words = native._C.build_info()["cuda_archs"].split() if native._C is not None else []
@@ -117,16 +125,23 @@ def test_rows_move_in_vectors_of_16_bytes():
         if re.search(r"_kernelI(fLi4|6__halfLi8|13__nv_bfloat16Li8|5uint4)E", u.symbol)
     }
     assert len(wide) > 10
-    names = ",".join(sorted(wide))
-    dump = subprocess.run(
-        [cuobjdump(), "-sass", "-arch", archs()[0], "-fun", names, str(native._C.__file__)],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", dump, re.DOTALL))
+    bodies = machine_code(str(native._C.__file__), archs()[0], wide)
     assert set(bodies) == wide
     for symbol, body in bodies.items():
         for access in ("LDG", "STG"):
             assert re.search(rf"\b{access}\.E\S*\.128", body), f"{symbol} has no 16-byte {access}"
+
+
+def test_attention_multiplies_on_tensor_cores_what_asynchronous_copies_bring():
+    """mma.sync, ldmatrix and cp.async, in the machine code of every instance."""
+    wanted = r"attention_(fwd|bwd_dkdv|bwd_dq)_kernel"
+    symbols = {u.symbol for u in shipped() if re.search(wanted, u.symbol)}
+    assert len(symbols) == 36  # three kernels, two types, three head_dims, plain logits or any
+    bodies = machine_code(str(native._C.__file__), archs()[0], symbols)
+    assert set(bodies) == symbols
+    for symbol, body in bodies.items():
+        for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E"):
+            assert instruction in body, f"{symbol} has no {instruction}"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")

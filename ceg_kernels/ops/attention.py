@@ -224,32 +224,45 @@ def refuses(q, k, v, *tail, why_not=native.why_not):
     return None
 
 
-def run_cpu(
-    q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, scale, causal, left, right, softcap, *, isa=""
+def cuda_refuses(q, k, v, *tail):
+    """Tensor cores take operands of 16 bits, and the loads take 16 bytes."""
+    if (reason := native.cuda_why_not(q, k, v, *tail)) is not None:
+        return reason
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs dtype in {{bfloat16, float16}}, got {str(q.dtype).removeprefix('torch.')}"
+    for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+        if width % 8 or width > 256:
+            return f"needs head_dim of {name} divisible by 8 and <= 256, got {width}"
+    return None
+
+
+def run_native(
+    q, k, v, cu_q, cu_k, max_q, max_k, slopes, sink, scale, causal, left, right, softcap, *, launch
 ):  # fmt: skip
     wide = native.math_dtype(q.dtype)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     shape = (q.shape[1], q.shape[0]) if cu_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape, dtype=wide)
-    native._C.attention_fwd(
-        native.unit_stride(q), native.unit_stride(k), native.unit_stride(v), cu_q, cu_k, max_q,
-        max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype), out, lse, scale,
-        causal, left, right, softcap, torch.get_num_threads(), isa,
+    launch(
+        "attention_fwd", launch.rows(q), launch.rows(k), launch.rows(v), cu_q, cu_k, max_q, max_k,
+        native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype), out, lse, scale, causal,
+        left, right, softcap,
     )  # fmt: skip
     return out, lse
 
 
-def run_cpu_backward(
+def run_native_backward(
     dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k,
-    slopes, sink, scale, causal, left, right, softcap, *, isa="",
+    slopes, sink, scale, causal, left, right, softcap, *, launch,
 ):  # fmt: skip
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dsink = None if sink is None else lse.new_empty(sink.shape)
-    dout, q, k, v, out = map(native.unit_stride, (dout, q, k, v, out))
-    native._C.attention_bwd(
-        dout, None if dlse is None else native.dense(dlse), q, k, v, out, native.dense(lse), cu_q,
-        cu_k, max_q, max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype), dq, dk,
-        dv, dsink, scale, causal, left, right, softcap, torch.get_num_threads(), isa,
+    dout, q, k, v, out = map(launch.rows, (dout, q, k, v, out))
+    lse = native.dense(lse)
+    launch(
+        "attention_bwd", dout, None if dlse is None else native.dense(dlse), q, k, v, out, lse,
+        cu_q, cu_k, max_q, max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype),
+        dq, dk, dv, dsink, *launch.beside(lse), scale, causal, left, right, softcap,
     )  # fmt: skip
     return dq, dk, dv, lse.new_zeros(0) if dsink is None else dsink
 
@@ -384,7 +397,7 @@ ATTENTION = Op(
     samples=samples,
     shapes=SHAPES | DECODE_SHAPES,
     backends=(
-        *native.cpu_backends(run_cpu, refuses),
+        *native.native_backends("attention", run_native, refuses, cuda_refuses),
         Backend("triton", run_triton, refuses_triton, automatic=False),
         Backend("torch", attention_torch.run, attention_torch.why_not),
         Backend("reference", reference, executed_flops=executed_materialised),
@@ -407,9 +420,11 @@ ATTENTION_BACKWARD = Op(
     samples=samples_backward,
     shapes={name: _shape_backward(shape) for name, shape in SHAPES.items()},
     backends=(
-        *native.cpu_backends(
-            run_cpu_backward,
+        *native.native_backends(
+            "attention_backward",
+            run_native_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: refuses(q, k, v, *tail),
+            lambda dout, dlse, q, k, v, out, lse, *tail: cuda_refuses(q, k, v, *tail),
         ),
         Backend(
             "triton",

@@ -2,9 +2,9 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "../attention_inputs.h"
 #include "../check.h"
 #include "isa.h"
 #include "kernels.h"
@@ -12,7 +12,6 @@
 namespace ceg {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
 // A query task packs each key block once (0.6 ns an item, 8% of the work of 384 rows at D = 64), so
 // it takes as many rows as leave room in a thread's 1 MiB of scratch: the forward keeps q and out,
 // the backward q, dout and dq beside one more layout of the keys.
@@ -21,25 +20,7 @@ constexpr int64_t kBackwardRowBytes = int64_t{352} << 10;
 
 using Optional = std::optional<Tensor>;
 
-// What both directions take.
-struct Inputs {
-  const Tensor &q, &k, &v;
-  const Optional &cu_seqlens_q, &cu_seqlens_k;
-  int64_t max_seqlen_q, max_seqlen_k;
-  const Optional &alibi_slopes, &sink;
-  double softmax_scale;
-  bool causal;
-  int64_t window_left, window_right;
-  double softcap;
-
-  bool varlen() const { return cu_seqlens_q.has_value(); }
-};
-
 void check_cu_seqlens(const char* name, const Tensor& cu, int64_t total, int64_t max_seqlen) {
-  check_rows(name, cu);
-  check_dtype(name, cu, {DType::i32});
-  CEG_CHECK(cu.ndim == 1 && cu.shape[0] >= 1, name, " must have shape (B + 1,), got ",
-            shape_text(cu));
   const int32_t* p = cu.ptr<const int32_t>();
   const int64_t n = cu.shape[0];
   CEG_CHECK(p[0] == 0, name, " must start with 0, got ", p[0]);
@@ -65,87 +46,25 @@ AttentionView row_view_of(const Tensor& t, bool varlen) {
   return {t.data, t.stride[0], t.stride[2], t.stride[1]};
 }
 
-void check_like(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
-  check_rows(name, t);
-  check_dtype(name, t, {other.dtype});
-  bool same = t.ndim == other.ndim;
-  for (int i = 0; same && i < t.ndim; ++i) same = t.shape[i] == other.shape[i];
-  CEG_CHECK(same, name, " must have the shape of ", other_name, " ", shape_text(other), ", got ",
-            shape_text(t));
-}
-
-// `out`, `dout`: the shape of q with the head_dim of v.
-void check_out_like(const char* name, const Tensor& t, const Inputs& in) {
-  check_rows(name, t);
-  check_dtype(name, t, {in.q.dtype});
-  const int last = in.q.ndim - 1;
-  bool same = t.ndim == in.q.ndim && t.shape[last] == in.v.shape[last];
-  for (int i = 0; same && i < last; ++i) same = t.shape[i] == in.q.shape[i];
-  CEG_CHECK(same, name, " must have the shape of q ", shape_text(in.q), " with the head_dim of v ",
-            in.v.shape[last], ", got ", shape_text(t));
-}
-
-void check_row_stat(const char* name, const Tensor& t, const Inputs& in) {
-  check_dtype(name, t, {compute_type(in.q.dtype)});
-  CEG_CHECK(t.device == Device{}, name, " must be on cpu, got ", text(t.device));
+AttentionProblem check_problem(const AttentionInputs& in) {
+  in.check({}, {DType::f32, DType::bf16, DType::f16, DType::f64});
   if (in.varlen()) {
-    check_shape(name, t, {in.q.shape[1], in.q.shape[0]});
-  } else {
-    check_shape(name, t, {in.q.shape[0], in.q.shape[2], in.q.shape[1]});
+    check_cu_seqlens("cu_seqlens_q", *in.cu_seqlens_q, in.q.shape[0], in.max_seqlen_q);
+    check_cu_seqlens("cu_seqlens_k", *in.cu_seqlens_k, in.k.shape[0], in.max_seqlen_k);
   }
-}
-
-void check_qkv(const Inputs& in) {
-  const int ndim = in.varlen() ? 3 : 4;
-  CEG_CHECK(in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value(),
-            "cu_seqlens_q and cu_seqlens_k must be given together, got only one");
-  for (const auto& [name, t] : {std::pair{"q", &in.q}, {"k", &in.k}, {"v", &in.v}}) {
-    check_rows(name, *t);
-    check_dtype(name, *t, {DType::f32, DType::bf16, DType::f16, DType::f64});
-    CEG_CHECK(t->ndim == ndim, name, " must have ", ndim, " dimensions, got shape ",
-              shape_text(*t));
-    CEG_CHECK(t->dtype == in.q.dtype, name, " must have the dtype of q, ", ::ceg::name(in.q.dtype),
-              ", got ", ::ceg::name(t->dtype));
-    CEG_CHECK(t->shape[ndim - 1] >= 1 && t->shape[ndim - 1] <= kMaxHeadDim, name,
-              " must have head_dim in [1, ", kMaxHeadDim, "], got ", t->shape[ndim - 1]);
-  }
-  const int64_t* q = in.q.shape;
-  const int64_t* k = in.k.shape;
-  const int64_t kv_heads = k[ndim - 2];
-  CEG_CHECK(kv_heads > 0 && q[ndim - 2] % kv_heads == 0, "k must have a number of heads that ",
-            "divides q's ", q[ndim - 2], ", got ", kv_heads);
-  if (in.varlen()) {
-    check_shape("k", in.k, {-1, -1, q[2]});
-    check_shape("v", in.v, {k[0], k[1], -1});
-    check_cu_seqlens("cu_seqlens_q", *in.cu_seqlens_q, q[0], in.max_seqlen_q);
-    check_cu_seqlens("cu_seqlens_k", *in.cu_seqlens_k, k[0], in.max_seqlen_k);
-    check_shape("cu_seqlens_k", *in.cu_seqlens_k, {in.cu_seqlens_q->shape[0]});
-  } else {
-    check_shape("k", in.k, {q[0], -1, -1, q[3]});
-    check_shape("v", in.v, {k[0], k[1], k[2], -1});
-  }
-}
-
-AttentionProblem check_problem(const Inputs& in) {
-  check_qkv(in);
-  const int head_axis = in.varlen() ? 1 : 2;
   AttentionProblem p = {};
   p.dtype = in.q.dtype;
-  p.batch = in.varlen() ? in.cu_seqlens_q->shape[0] - 1 : in.q.shape[0];
-  p.heads = in.q.shape[head_axis];
-  p.kv_heads = in.k.shape[head_axis];
-  p.head_dim = in.q.shape[head_axis + 1];
-  p.value_dim = in.v.shape[head_axis + 1];
-  p.max_q = in.varlen() ? in.max_seqlen_q : in.q.shape[1];
-  p.max_k = in.varlen() ? in.max_seqlen_k : in.k.shape[1];
+  p.batch = in.batch();
+  p.heads = in.heads();
+  p.kv_heads = in.kv_heads();
+  p.head_dim = in.head_dim();
+  p.value_dim = in.value_dim();
+  p.max_q = in.max_q();
+  p.max_k = in.max_k();
   if (in.varlen()) {
     p.cu_q = in.cu_seqlens_q->ptr<const int32_t>();
     p.cu_k = in.cu_seqlens_k->ptr<const int32_t>();
   }
-  CEG_CHECK(std::isfinite(in.softmax_scale), "softmax_scale must be finite, got ",
-            in.softmax_scale);
-  CEG_CHECK(std::isfinite(in.softcap) && in.softcap >= 0,
-            "softcap must be finite and not negative, got ", in.softcap);
   p.scale = in.softmax_scale;
   p.softcap = in.softcap;
   const auto bound = [](int64_t w) {
@@ -153,22 +72,11 @@ AttentionProblem check_problem(const Inputs& in) {
   };
   p.window_left = bound(in.window_left);
   p.window_right = in.causal ? 0 : bound(in.window_right);
-  const DType compute = compute_type(p.dtype);
   if (in.alibi_slopes) {
     const Tensor& t = *in.alibi_slopes;
-    check_dtype("alibi_slopes", t, {compute});
-    if (t.ndim == 2) {
-      check_shape("alibi_slopes", t, {p.batch, p.heads});
-    } else {
-      check_shape("alibi_slopes", t, {p.heads});
-    }
     p.alibi = {t.data, t.ndim == 2 ? t.stride[0] : 0, 0, t.stride[t.ndim - 1]};
   }
-  if (in.sink) {
-    check_dtype("sink", *in.sink, {compute});
-    check_shape("sink", *in.sink, {p.heads});
-    p.sink = {in.sink->data, 0, 0, in.sink->stride[0]};
-  }
+  if (in.sink) p.sink = {in.sink->data, 0, 0, in.sink->stride[0]};
   return p;
 }
 
@@ -264,25 +172,25 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
                    const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
                    const Tensor& lse, double softmax_scale, bool causal, int64_t window_left,
                    int64_t window_right, double softcap, int threads, const std::string& isa) {
-  const Inputs in = {q,
-                     k,
-                     v,
-                     cu_seqlens_q,
-                     cu_seqlens_k,
-                     max_seqlen_q,
-                     max_seqlen_k,
-                     alibi_slopes,
-                     sink,
-                     softmax_scale,
-                     causal,
-                     window_left,
-                     window_right,
-                     softcap};
+  const AttentionInputs in = {q,
+                              k,
+                              v,
+                              cu_seqlens_q,
+                              cu_seqlens_k,
+                              max_seqlen_q,
+                              max_seqlen_k,
+                              alibi_slopes,
+                              sink,
+                              softmax_scale,
+                              causal,
+                              window_left,
+                              window_right,
+                              softcap};
   AttentionFwdArgs args = {};
   args.problem = check_problem(in);
-  check_out_like("out", out, in);
+  in.check_out_like("out", out);
   check_output("out", out);
-  check_row_stat("lse", lse, in);
+  in.check_row_stat("lse", lse);
   args.q = view_of(q, in.varlen());
   args.k = view_of(k, in.varlen());
   args.v = view_of(v, in.varlen());
@@ -308,32 +216,29 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
                    const Tensor& dq, const Tensor& dk, const Tensor& dv, const Optional& dsink,
                    double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
                    double softcap, int threads, const std::string& isa) {
-  const Inputs in = {q,
-                     k,
-                     v,
-                     cu_seqlens_q,
-                     cu_seqlens_k,
-                     max_seqlen_q,
-                     max_seqlen_k,
-                     alibi_slopes,
-                     sink,
-                     softmax_scale,
-                     causal,
-                     window_left,
-                     window_right,
-                     softcap};
+  const AttentionInputs in = {q,
+                              k,
+                              v,
+                              cu_seqlens_q,
+                              cu_seqlens_k,
+                              max_seqlen_q,
+                              max_seqlen_k,
+                              alibi_slopes,
+                              sink,
+                              softmax_scale,
+                              causal,
+                              window_left,
+                              window_right,
+                              softcap};
   AttentionBwdArgs args = {};
   args.problem = check_problem(in);
-  check_out_like("dout", dout, in);
-  check_out_like("out", out, in);
-  check_row_stat("lse", lse, in);
-  if (dlse) check_row_stat("dlse", *dlse, in);
-  check_like("dq", dq, "q", q);
-  check_like("dk", dk, "k", k);
-  check_like("dv", dv, "v", v);
-  check_output("dq", dq);
-  check_output("dk", dk);
-  check_output("dv", dv);
+  in.check_out_like("dout", dout);
+  in.check_out_like("out", out);
+  in.check_row_stat("lse", lse);
+  if (dlse) in.check_row_stat("dlse", *dlse);
+  in.check_gradient("dq", dq, "q", q);
+  in.check_gradient("dk", dk, "k", k);
+  in.check_gradient("dv", dv, "v", v);
   const DType compute = compute_type(q.dtype);
   if (dsink) {
     CEG_CHECK(sink.has_value(), "dsink must be None without a sink, got a tensor");

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "../python_tensor.h"
+#include "attention.h"
 #include "moe.h"
 #include "rms_norm.h"
 #include "rope.h"
@@ -14,6 +15,17 @@ namespace ceg::cuda {
 inline void bind_launchers(pybind11::module_& m) {
   using pybind11::arg;
   using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("attention_fwd", attention_fwd, release_gil(), arg("q"), arg("k"), arg("v"),
+        arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"),
+        arg("alibi_slopes"), arg("sink"), arg("out"), arg("lse"), arg("softmax_scale"),
+        arg("causal") = false, arg("window_left") = -1, arg("window_right") = -1,
+        arg("softcap") = 0.0, arg("stream") = 0);
+  m.def("attention_bwd", attention_bwd, release_gil(), arg("dout"), arg("dlse"), arg("q"), arg("k"),
+        arg("v"), arg("out"), arg("lse"), arg("cu_seqlens_q"), arg("cu_seqlens_k"),
+        arg("max_seqlen_q"), arg("max_seqlen_k"), arg("alibi_slopes"), arg("sink"), arg("dq"),
+        arg("dk"), arg("dv"), arg("dsink"), arg("delta"), arg("softmax_scale"),
+        arg("causal") = false, arg("window_left") = -1, arg("window_right") = -1,
+        arg("softcap") = 0.0, arg("stream") = 0);
   m.def("rms_norm_fwd", rms_norm_fwd, release_gil(), arg("x"), arg("weight"), arg("residual"),
         arg("y"), arg("residual_out"), arg("rstd"), arg("eps"), arg("weight_offset") = 0.0,
         arg("stream") = 0);

@@ -31,6 +31,10 @@ KernelAttributes attributes_of(const Kernel& kernel) {
 
 std::vector<KernelAttributes> kernel_attributes() {
   Kernels kernels;
+  list_attention_bwd_rows(kernels);
+  list_attention_dkdv(kernels);
+  list_attention_dq(kernels);
+  list_attention_fwd(kernels);
   list_moe(kernels);
   list_moe_index(kernels);
   list_moe_route(kernels);

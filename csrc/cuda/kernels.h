@@ -23,6 +23,10 @@ void add(Kernels& kernels, const char* kernel, const std::string& type, int vect
 }
 
 // Each adds those of its op.
+void list_attention_bwd_rows(Kernels& kernels);
+void list_attention_dkdv(Kernels& kernels);
+void list_attention_dq(Kernels& kernels);
+void list_attention_fwd(Kernels& kernels);
 void list_moe(Kernels& kernels);
 void list_moe_index(Kernels& kernels);
 void list_moe_route(Kernels& kernels);

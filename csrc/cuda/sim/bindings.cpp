@@ -3,6 +3,7 @@
 #include "../bindings.h"
 
 #include "block.h"
+#include "layouts.h"
 #include "selftest.h"
 
 namespace py = pybind11;
@@ -30,5 +31,13 @@ PYBIND11_MODULE(_sim, m) {
         arg("shared_limit") = standard.shared_limit, arg("order") = "forward");
   m.def("selftest", ceg::sim::selftest, arg("kernel"), arg("out"), arg("shared_bytes") = 0);
   m.def("through_16_bits", ceg::sim::through_16_bits, arg("value"), arg("type"));
+  m.def("fragment", ceg::sim::fragment, arg("operand"), arg("lane"));
+  m.def("swizzle_offset", ceg::sim::swizzle_offset, arg("columns"), arg("row"), arg("chunk"));
+  m.def("swizzle_moved", ceg::sim::swizzle_moved, arg("columns"), arg("start"), arg("rows"),
+        arg("chunks"));
+  m.def("partners", ceg::sim::partners, arg("first"), arg("last"), arg("offset"), arg("before"),
+        arg("after"), arg("count"));
+  m.def("places", ceg::sim::places, arg("tiles"), arg("heads"), arg("section"),
+        arg("last_tile_first"));
   ceg::cuda::bind_launchers(m);
 }

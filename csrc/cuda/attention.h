@@ -1,0 +1,87 @@
+// Flash attention on a GPU: what the launcher tells the kernels.
+//   B batch, H query heads, H_kv key/value heads (H % H_kv == 0), Tq, Tk lengths, D head_dim of q
+//   and k, Dv head_dim of v. The formula is in ops/attention_reference.py.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "../tensor.h"
+#include "attention_range.h"
+
+namespace ceg::cuda {
+
+// Item (sequence b, row t, head h) at data + b * batch + t * row + h * head, in items.
+struct View {
+  void* data;
+  int64_t batch, row, head;
+};
+
+// A factor in more digits than a float has.
+struct ToNatural {
+  float high, low;
+};
+
+struct Attention {
+  int batch, heads, kv_heads, head_dim, value_dim;
+  int max_q, max_k;  // every sequence's length unless cu_seqlens are given
+  const int32_t* cu_q;
+  const int32_t* cu_k;  // (B + 1,), or null
+  int left, right;      // kUnbounded where open; causal is folded into the right one
+  float scale, softcap;
+  // A score, which is q.k where plain() and a natural logit elsewhere, times to_log2 is the
+  // exponent of a power of 2. From both to natural logits.
+  float to_log2;
+  ToNatural of_score, of_log2;
+  const float* slopes;                // (B, H), or null
+  int64_t slopes_batch, slopes_head;  // strides
+  const float* sink;                  // (H,), or null
+  int64_t sink_head;
+
+  CEG_HOST_DEVICE int group() const { return heads / kv_heads; }
+  // Nothing but the scale stands between q.k and the softmax, and the maximum commutes with it.
+  bool plain() const { return scale > 0 && softcap == 0 && !slopes; }
+};
+
+struct AttentionFwd {
+  Attention problem;
+  View q, k, v, out, lse;
+  Schedule schedule;
+};
+
+struct AttentionBwd {
+  Attention problem;
+  View dout, q, k, v, out, lse, dlse, delta, dq, dk, dv;
+  float* dsink;  // (H,), dense, or null
+  int rows;      // of all sequences where they are packed, else of one
+  Schedule of_keys, of_queries;
+};
+
+// Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
+void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
+void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_sm80_dq(const AttentionBwd& args, DType dtype, uintptr_t stream);
+// delta = rowsum(dout * out) - dlse, and with it dsink (attention_bwd_rows.cu).
+void attention_delta(const AttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_dsink(const AttentionBwd& args, uintptr_t stream);
+
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                   const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+                   const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
+                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                   double softcap, uintptr_t stream);
+
+// delta: a float for each of lse's, written and read on the way.
+void attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                   const std::optional<Tensor>& cu_seqlens_q,
+                   const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                   int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+                   const std::optional<Tensor>& sink, const Tensor& dq, const Tensor& dk,
+                   const Tensor& dv, const std::optional<Tensor>& dsink, const Tensor& delta,
+                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                   double softcap, uintptr_t stream);
+
+}  // namespace ceg::cuda

@@ -1,0 +1,66 @@
+// The index arithmetic of the kernels as functions that tests can call for every argument.
+#include "layouts.h"
+
+#include "../attention_range.h"
+#include "../mma.h"
+#include "../swizzle.h"
+
+namespace ceg::sim {
+namespace {
+
+template <class F>
+int with_columns(int columns, F f) {
+  switch (columns) {
+    case 64:
+      return f(Swizzle<64>());
+    case 128:
+      return f(Swizzle<128>());
+    case 256:
+      return f(Swizzle<256>());
+    default:
+      throw std::invalid_argument("columns must be 64, 128 or 256, got " + std::to_string(columns));
+  }
+}
+
+}  // namespace
+
+std::vector<std::tuple<int, int>> fragment(const std::string& operand, int lane) {
+  std::vector<std::tuple<int, int>> held;
+  const int registers = operand == "ldmatrix" ? 1 : operand == "b" ? 2 : 4;
+  for (int i = 0; i < registers; ++i) {
+    for (int half = 0; half < (operand == "c" ? 1 : 2); ++half) {
+      const Position p = operand == "a"   ? mma_a_position(lane, i, half)
+                         : operand == "b" ? mma_b_position(lane, i, half)
+                         : operand == "c" ? mma_c_position(lane, i)
+                                          : ldmatrix_position(lane, half);
+      held.emplace_back(p.row, p.column);
+    }
+  }
+  return held;
+}
+
+int swizzle_offset(int columns, int row, int chunk) {
+  return with_columns(columns, [&](auto layout) { return layout.offset(row, chunk); });
+}
+
+int swizzle_moved(int columns, int from, int rows, int chunks) {
+  return with_columns(columns, [&](auto layout) { return layout.moved(from, rows, chunks); });
+}
+
+std::tuple<int, int, int, int> partners(int first, int last, int offset, int before, int after,
+                                        int count) {
+  const cuda::Partners p = cuda::partners<16>(first, last, offset, before, after, count);
+  return {p.start, p.whole, p.rest, p.stop};
+}
+
+std::vector<std::tuple<int, int>> places(int tiles, int heads, int section, bool last_tile_first) {
+  const cuda::Schedule schedule = {tiles, heads, section};
+  std::vector<std::tuple<int, int>> all;
+  for (int block = 0; block < schedule.blocks(); ++block) {
+    const cuda::Schedule::Place place = schedule.place(block, last_tile_first);
+    all.emplace_back(place.tile, place.head);
+  }
+  return all;
+}
+
+}  // namespace ceg::sim

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace ceg::sim {
+
+// Positions (row, column) that a lane holds of an operand, in the order of its registers and their
+// halves. operand: "a", "b", "c" of mma, "ldmatrix".
+std::vector<std::tuple<int, int>> fragment(const std::string& operand, int lane);
+// In bytes, of a tile with this many columns.
+int swizzle_offset(int columns, int row, int chunk);
+int swizzle_moved(int columns, int from, int rows, int chunks);
+// start, whole, rest, stop for blocks of 16.
+std::tuple<int, int, int, int> partners(int first, int last, int offset, int before, int after,
+                                        int count);
+// (tile, head) of each block of threads.
+std::vector<std::tuple<int, int>> places(int tiles, int heads, int section, bool last_tile_first);
+
+}  // namespace ceg::sim
