@@ -2,9 +2,9 @@
 //
 // A block of threads takes kM queries of one head and visits the keys they see in blocks of kN,
 // with the running maximum and sum of each row (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao
-// et al. 2022, arXiv 2205.14135). Q stays in shared memory; K and V blocks go through a ring of
-// slots, two loads ahead of the tensor cores. A warp has whole rows, so that scores become
-// probabilities and these the next product's operand without leaving registers.
+// et al. 2022, arXiv 2205.14135). Q stays in shared memory; K and V have room for a block each, and
+// one arrives while the other is read. A warp has whole rows, so that scores become probabilities
+// and these the next product's operand without leaving registers.
 #include <type_traits>
 
 #include "attention_launch.h"

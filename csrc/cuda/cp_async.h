@@ -1,6 +1,5 @@
 // Copies from global to shared memory that run beside the computation (PTX ISA, "Data Movement and
-// Conversion Instructions: cp.async", ".commit_group", ".wait_group",
-// ".wait_all").
+// Conversion Instructions: cp.async", ".commit_group", ".wait_group", ".wait_all").
 #pragma once
 
 #include "shared_address.h"
