@@ -141,23 +141,6 @@ class Cuda:
         return _C.cuda if self.module is None else self.module
 
 
-def cpu_backends(
-    run: Callable[..., Any],
-    refuses: Callable[..., str | None] = why_not,
-    executed_flops: Callable[..., int] | None = None,
-) -> tuple[Backend, ...]:
-    """The backend `cpu`, and one for each ISA level this CPU has, which run only when forced.
-
-    `run(*args, isa=...)` calls the launcher; isa "" is the best level.
-    """
-    levels: list[str] = [] if _C is None else _C.isa_levels()["available"]
-    named = {"cpu": "", **{f"cpu:{level}": level for level in levels}}
-    return tuple(
-        Backend(name, partial(run, isa=isa), refuses, executed_flops, automatic=not isa)
-        for name, isa in named.items()
-    )
-
-
 def native_backends(
     op: str,
     run: Callable[..., Any],
