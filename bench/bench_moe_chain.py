@@ -16,7 +16,6 @@ from ceg_kernels.measure import peers
 from ceg_kernels.measure.suite import STOCK
 from ceg_kernels.op import OPS, Cost
 
-CHAIN = ("moe_route", "moe_index", "moe_dispatch", "moe_combine")
 MOE_SHAPES = {  # tokens, experts, top_k, D
     "quick-n2048-e16-k2-d512": (2048, 16, 2, 512),
     "moe-n4096-e128-k8-d2048": (4096, 128, 8, 2048),

@@ -23,7 +23,7 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
         "tune",
         help="time tiles of the Triton attention kernels on this GPU and keep the fastest",
         description="Checks and times tiles of the Triton attention kernels on this GPU, and "
-        "writes each one that is more than 2 %% faster than the table's into the table. What is "
+        "writes the times and each tile that is more than 2 %% faster into the table. What is "
         "found is kept at any time; run it again and measured keys are timed again.",
     )
     tune.add_argument(
@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
     else:
         for key, tile in found.items():
             print(*vars(key).values(), "->", *vars(tile).values())
-        print(f"{len(found)} rows changed in {path}")
+        print(f"{len(found)} rows written to {path}")
     return 0
 
 
@@ -113,6 +113,8 @@ def by_clock(kernels: tuple[str, ...], path: Path, progress: Progress) -> dict[K
         fitting = (t for t in tune.candidates(key) if t != now and tune.fits(key, t))
         others = [tile for tile, _ in zip(fitting, range(TIMED), strict=False)]
         seconds = tune_one(key, [now, *others], target, "cuda")
+        if now not in seconds:
+            raise RuntimeError(f"{key}: the table's tile must give right results, got {now}")
         best = min(seconds, key=seconds.__getitem__)
         gained = 1 - seconds[best] / seconds[now]
         if gained < GAIN:
