@@ -42,7 +42,8 @@ from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
 from ceg_model.rundir import CHECKPOINTS, RESULT, RunDir, read_metrics
-from ceg_model.train_config import TrainConfig, learning_rate
+from ceg_model.train_config import TrainConfig, decay_start, learning_rate
+from ceg_model.trunk import TRUNK, grow
 
 RUN_VERSION = 1  # part of a run's id: raise it when the same config would give another curve
 FLOP_CONVENTION = (
@@ -124,11 +125,14 @@ def training(
     stop_at: int | Callable[[], bool] | None = None,
     note: Callable[[str], None] = lambda text: None,
     lockstep: str | None = None,
+    donor: str | Path | None = None,
 ) -> Generator[int, None, dict[str, Any]]:
     """`train`, a row at a time: yields the step of each row, and its value is the result.
 
     For whoever drives several runs in turn; `lockstep`, the name of their group, goes to run.json.
     The backend is a context variable: each generator must be advanced in a context of its own.
+    `donor` is the folder of a shorter run of the same model and rate, whose trunk this run takes
+    over where it can (trunk.py).
     """
     data = TokenData(data_dir)
     if data.vocab_size > model_config.vocab_size:
@@ -153,6 +157,7 @@ def training(
             yield from trainer.rows(
                 folder, Path(run_dir), description,
                 progress=progress, stop_at=stop_at, note=note, lockstep=lockstep,
+                donor=None if donor is None else Path(donor),
             )
         )  # fmt: skip
 
@@ -212,13 +217,15 @@ class Trainer:
         stop_at: int | Callable[[], bool] | None,
         note: Callable[[str], None],
         lockstep: str | None = None,
+        donor: Path | None = None,
     ) -> Generator[int, None, dict[str, Any]]:
         """Train to the end or to `stop_at`, yielding after each row. Only rank 0 has a `folder`."""
         self._warm_up()
-        step, train_s = self._resume(run_dir, description["id"], note)
+        state, grown = self._resume(run_dir, description, note, donor)
+        step, train_s = state["step"], state["train_s"]
         if folder is not None:
             folder.write_run({**description, **self._circumstances(folder, step, lockstep)})
-            folder.start_metrics(step)
+            folder.start_metrics(step, donor if grown else None)
         if isinstance(stop_at, int) and stop_at <= step < self.config.steps:
             return {"status": "stopped", "id": description["id"], "step": step}
         reason = ""
@@ -237,6 +244,8 @@ class Trainer:
             if reason:
                 break
             stop = self._stops(step, stop_at)
+            if step == decay_start(self.config):
+                self._save(folder, step, train_s, description["id"], below=TRUNK)
             if stop or self._due(step, self.config.checkpoint_every):
                 self._save(folder, step, train_s, description["id"])
             if stop:
@@ -267,26 +276,45 @@ class Trainer:
                 tensor.copy_(value)
         self.optimizer.state.clear()
 
-    def _resume(self, run_dir: Path, run_id: str, note: Callable[[str], None]) -> tuple[int, float]:
+    def _resume(
+        self,
+        run_dir: Path,
+        description: dict[str, Any],
+        note: Callable[[str], None],
+        donor: Path | None,
+    ) -> tuple[dict[str, Any], bool]:
+        """Where to go on, and whether that is on the trunk of `donor`."""
+        model, optimizer = self.model, self.optimizer
         state = checkpoint.load(
-            run_dir / CHECKPOINTS, self.model, self.optimizer, run_id=run_id, note=note
+            run_dir / CHECKPOINTS, model, optimizer, run_id=description["id"], note=note
         )
+        grown = state is None and donor is not None
+        if grown:
+            state = grow(cast(Path, donor), description, model, optimizer, note=note)
         if state is None:
-            return 0, 0.0
+            return {"step": 0, "train_s": 0.0}, False
         found, here = (state["device"], state["dtype"]), (self.device.type, str(self.dtype))
         if found != here:
             raise ValueError(
                 f"run {run_dir} must go on with the device and dtype it began with, "
                 f"{' '.join(found)}, got {' '.join(here)}; set device and dtype"
             )
-        return state["step"], state["train_s"]
+        return state, grown
 
-    def _save(self, folder: RunDir | None, step: int, train_s: float, run_id: str) -> None:
+    def _save(
+        self,
+        folder: RunDir | None,
+        step: int,
+        train_s: float,
+        run_id: str,
+        *,
+        below: str = CHECKPOINTS,
+    ) -> None:
         if folder is not None:
             folder.sync_metrics()
             state = {"step": step, "train_s": train_s, "run_id": run_id}
             state |= {"device": self.device.type, "dtype": str(self.dtype)}
-            checkpoint.save(folder.checkpoints, self.model, self.optimizer, state)
+            checkpoint.save(folder.path / below, self.model, self.optimizer, state)
         self.group.barrier()
 
     def _timed_steps(self, first: int, last: int) -> tuple[float, float, float, str]:
@@ -356,6 +384,8 @@ class Trainer:
         config = self.config
         periods = (config.log_every, config.eval_every, config.checkpoint_every or config.steps)
         ends = [config.steps, *((step // period + 1) * period for period in periods)]
+        if (trunk := decay_start(config)) is not None and trunk > step:
+            ends.append(trunk)
         if isinstance(stop_at, int) and stop_at > step:
             ends.append(stop_at)
         return min(ends)
