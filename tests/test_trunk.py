@@ -9,7 +9,10 @@ from ceg_model.rundir import METRICS, RUN, read_metrics
 from ceg_model.train import train, training
 from ceg_model.train_config import TrainConfig, decay_start, learning_rate
 from ceg_model.trunk import TRUNK
-from tests.test_train import MODEL, data_dir  # noqa: F401 (a fixture)
+from tests import test_train
+from tests.test_train import MODEL
+
+tokens = test_train.data_dir  # the fixture
 
 SHORT = TrainConfig(
     steps=10, batch_size=2, lr=3e-3, schedule="wsd", warmup_steps=2, decay_fraction=0.4,
@@ -18,8 +21,8 @@ SHORT = TrainConfig(
 LONG = dataclasses.replace(SHORT, steps=20)
 
 
-def _grow(config, data_dir, run_dir, donor):
-    rows = training(MODEL, config, data_dir, run_dir, donor=donor)
+def _grow(config, tokens, run_dir, donor):
+    rows = training(MODEL, config, tokens, run_dir, donor=donor)
     while True:
         try:
             next(rows)
@@ -33,9 +36,9 @@ def _curve(run_dir):
 
 
 @pytest.fixture(scope="module")
-def short(data_dir, tmp_path_factory):
+def short(tokens, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("trunk") / "short"
-    assert train(MODEL, SHORT, data_dir, run_dir)["status"] == "done"
+    assert train(MODEL, SHORT, tokens, run_dir)["status"] == "done"
     return run_dir
 
 
@@ -47,9 +50,9 @@ def test_the_rate_is_whole_up_to_the_trunk_and_falls_after_it():
     assert decay_start(dataclasses.replace(SHORT, schedule="constant")) is None
 
 
-def test_a_run_on_another_s_trunk_equals_one_from_its_first_step(short, data_dir, tmp_path):
-    train(MODEL, LONG, data_dir, tmp_path / "whole")
-    _grow(LONG, data_dir, tmp_path / "grown", short)
+def test_a_run_on_another_s_trunk_equals_one_from_its_first_step(short, tokens, tmp_path):
+    train(MODEL, LONG, tokens, tmp_path / "whole")
+    _grow(LONG, tokens, tmp_path / "grown", short)
     assert _curve(tmp_path / "grown")[-1] == _curve(tmp_path / "whole")[-1]
     steps = [row[0] for row in _curve(tmp_path / "grown")]
     assert steps == list(range(1, 21))
@@ -60,23 +63,23 @@ def test_a_run_on_another_s_trunk_equals_one_from_its_first_step(short, data_dir
     assert [p.name for p in (tmp_path / "grown" / TRUNK).iterdir()] == ["step-00000012"]
 
 
-def test_a_kill_between_growing_and_the_first_checkpoint_loses_nothing(short, data_dir, tmp_path):
-    rows = training(MODEL, LONG, data_dir, tmp_path / "run", donor=short)
+def test_a_kill_between_growing_and_the_first_checkpoint_loses_nothing(short, tokens, tmp_path):
+    rows = training(MODEL, LONG, tokens, tmp_path / "run", donor=short)
     assert next(rows) == 7
     rows.close()
     assert len((tmp_path / "run" / METRICS).read_text().splitlines()) == 7
-    _grow(LONG, data_dir, tmp_path / "run", short)
-    train(MODEL, LONG, data_dir, tmp_path / "whole")
+    _grow(LONG, tokens, tmp_path / "run", short)
+    train(MODEL, LONG, tokens, tmp_path / "whole")
     assert _curve(tmp_path / "run") == _curve(tmp_path / "whole")
 
 
-def test_a_trunk_that_is_too_long_is_not_used(short, data_dir, tmp_path):
+def test_a_trunk_that_is_too_long_is_not_used(short, tokens, tmp_path):
     shorter = dataclasses.replace(SHORT, steps=8)
-    assert _grow(shorter, data_dir, tmp_path / "run", short)["status"] == "done"
+    assert _grow(shorter, tokens, tmp_path / "run", short)["status"] == "done"
     assert json.loads((tmp_path / "run" / RUN).read_text())["sessions"][0]["from_step"] == 0
 
 
-def test_a_trunk_of_another_run_is_refused(short, data_dir, tmp_path):
+def test_a_trunk_of_another_run_is_refused(short, tokens, tmp_path):
     other = dataclasses.replace(LONG, lr=1e-3)
     with pytest.raises(ValueError, match=r"must be of the same train.lr .* 0.001, got 0.003"):
-        _grow(other, data_dir, tmp_path / "run", short)
+        _grow(other, tokens, tmp_path / "run", short)

@@ -95,6 +95,9 @@ class Store:
             os.replace(folder / RESULT, folder / FIRST_FAILURE)
         return True
 
+    def failed_twice(self, run_id: str) -> bool:
+        return (self.path(run_id) / FIRST_FAILURE).exists()
+
     def clocks(self, runs: Iterable[str]) -> dict[str, list[float]]:
         """Training seconds at each row, for the runs that were trained in lockstep: on their
         group's common clock (lockstep.py).
