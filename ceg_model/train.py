@@ -36,7 +36,7 @@ from ceg_kernels import use_backend
 from ceg_model import checkpoint, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
-from ceg_model.flops import model_flops
+from ceg_model.flops import masked_flops, model_flops
 from ceg_model.gpt import build_model, parameter_groups
 from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
@@ -267,7 +267,8 @@ class Trainer:
         self.backends = dict(sorted(calls.backends.items()))
         self.executed_flops = None
         if calls.extra_flops is not None:
-            self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
+            extra = calls.extra_flops + masked_flops(self.model.config, x.shape[1], x.shape[0])
+            self.executed_flops = self.model_flops + extra * self.config.grad_accum
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.config.timing_warmup):
             self.step(1)
