@@ -252,20 +252,25 @@ class Trainer:
         """See the module's docstring. Every trace is undone; random numbers are seeded per step."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
-        x, y = self._micro_batch(1, 0)
-        with OpCalls() as calls:
-            self._loss(self.model, x, y).backward()
+        calls = OpCalls()
+        self.show(calls)
         self.backends = dict(sorted(calls.backends.items()))
         self.executed_flops = None
         if calls.extra_flops is not None:
             self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
-        self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.config.timing_warmup):
             self.step(1)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         self.optimizer.state.clear()
+
+    def show(self, calls: OpCalls) -> None:
+        """Lets `calls` see the ops of one micro-batch, forward and backward."""
+        x, y = self._micro_batch(1, 0)
+        with calls:
+            self._loss(self.model, x, y).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _resume(self, run_dir: Path, run_id: str, note: Callable[[str], None]) -> tuple[int, float]:
         state = checkpoint.load(
