@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Generator
@@ -36,6 +35,7 @@ from ceg_kernels import use_backend
 from ceg_model import checkpoint, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
+from ceg_model.device import resolve_device, resolve_dtype
 from ceg_model.flops import masked_flops, model_flops
 from ceg_model.gpt import build_model, parameter_groups
 from ceg_model.op_calls import OpCalls
@@ -49,32 +49,6 @@ RUN_VERSION = 1  # part of a run's id: raise it when the same config would give 
 FLOP_CONVENTION = (
     "ceg-1: matmuls and op costs, masked-out pairs and recomputation not counted, backward included"
 )
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device of this process; "auto" is the GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
-    if resolved.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device must be one that torch can use here, got {device!r}")
-        if resolved.index is None:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun sets it
-    return resolved
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; "auto" is bf16 where the device has bf16 dot products."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = bool({"avx512_bf16", "amx_bf16", "bf16"} & environment.cpu_flags())
-    return torch.bfloat16 if fast else torch.float32
 
 
 def run_id(model_config: GPTConfig, train_config: TrainConfig, data_hash: str) -> str:
@@ -261,21 +235,28 @@ class Trainer:
         """See the module's docstring. Every trace is undone; random numbers are seeded per step."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
-        x, y = self._micro_batch(1, 0)
-        with OpCalls() as calls:
-            self._loss(self.model, x, y).backward()
+        calls = OpCalls()
+        self.show(calls)
         self.backends = dict(sorted(calls.backends.items()))
         self.executed_flops = None
         if calls.extra_flops is not None:
-            extra = calls.extra_flops + masked_flops(self.model.config, x.shape[1], x.shape[0])
+            extra = calls.extra_flops + masked_flops(
+                self.model.config, self.seq_len, self.config.batch_size
+            )
             self.executed_flops = self.model_flops + extra * self.config.grad_accum
-        self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.config.timing_warmup):
             self.step(1)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         self.optimizer.state.clear()
+
+    def show(self, calls: OpCalls) -> None:
+        """Lets `calls` see the ops of one micro-batch, forward and backward."""
+        x, y = self._micro_batch(1, 0)
+        with calls:
+            self._loss(self.model, x, y).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _resume(
         self,

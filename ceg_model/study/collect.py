@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 
 from ceg_model.data import TokenData
-from ceg_model.flops import model_flops
 from ceg_model.rundir import read_json
-from ceg_model.study import stats
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Curve, Key
 from ceg_model.study.estimate import estimate
+from ceg_model.study.hardware import rates, split
 from ceg_model.study.innovations import INNOVATIONS, is_same_maths, kernel_ops
-from ceg_model.study.lockstep import rate_gains
-from ceg_model.study.plan import Plan, RunSpec
+from ceg_model.study.plan import Plan
 from ceg_model.study.schedule import Index, Schedule, Tuning, schedule
 from ceg_model.study.store import FIRST_FAILURE, Store
 
@@ -68,7 +66,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} must hold a finished run of the baseline, got none yet")
     timings = {s.name: t for s in plan.scales if (t := store.throughput(s.name)) is not None}
     roofs = read_json(store.folder / ROOFS)
-    hardware = _hardware(plan, timings, _rates(plan, specs, clocks))
+    hardware = split(plan, timings, rates(plan, specs, clocks, study["ours"]), roofs)
     answer = estimate(curves, _options(plan, hardware, roofs))
     _mark_other_kernels(answer, study["ours"])
     planned = {**found.pending, **found.runs}
@@ -137,51 +135,6 @@ def _options(plan: Plan, hardware: dict[str, Any], roofs: dict[str, Any] | None)
         },
         untuned=plan.sweep is None,
     )
-
-
-def _rates(
-    plan: Plan, specs: list[tuple[str, RunSpec]], clocks: dict[str, list[float]]
-) -> dict[tuple[str, str], stats.Interval]:
-    """(scale, arm) -> ln of F_v / F_b over whole runs in lockstep, all seeds together."""
-    place = {(s.scale, s.seed, s.arm): (run, s) for run, s in specs if run in clocks}
-    logs: dict[tuple[str, str], list[np.ndarray]] = {}
-    for (scale, seed, arm), (run, spec) in place.items():
-        base, base_spec = place.get((scale, seed, plan.baseline), (None, spec))
-        if base is not None:
-            work = _flops_per_step(spec) / _flops_per_step(base_spec)
-            gains = rate_gains(np.array(clocks[base]), np.array(clocks[run]))
-            logs.setdefault((scale, arm), []).append(gains + np.log(work))
-    found = {key: stats.paired_interval(np.concatenate(parts)) for key, parts in logs.items()}
-    return {key: interval for key, interval in found.items() if interval is not None}
-
-
-def _flops_per_step(spec: RunSpec) -> int:
-    return model_flops(spec.model, batch=spec.train.batch_size * spec.train.grad_accum).total
-
-
-def _hardware(
-    plan: Plan, timings: dict[str, Any], rates: dict[tuple[str, str], stats.Interval]
-) -> dict[str, Any]:
-    """Scale -> arm -> G_hw: from runs in lockstep where there are any, else from the benchmark."""
-    out: dict[str, Any] = {}
-    for scale in plan.scales:
-        timed = timings.get(scale.name, {"arms": {}})["arms"]
-        arms: dict[str, Any] = {}
-        for arm in plan.arms:
-            rate, row = rates.get((scale.name, arm)), timed.get(arm)
-            if rate is None and row is None:
-                continue
-            bench = row["against_reference"]["gain"] if row else None
-            arms[arm] = {
-                "against_reference": float(np.exp(rate.mean)) if rate else bench,
-                "ci": list(rate.ratio) if rate else None,
-                "source": "runs in lockstep" if rate else "throughput benchmark",
-                "benchmark": bench,
-                "against_torch": row["against_torch"]["gain"] if row else None,
-            }
-        if arms:
-            out[scale.name] = arms
-    return out
 
 
 def _mark_other_kernels(answer: dict[str, Any], ours: dict[str, str | None]) -> None:

@@ -106,8 +106,8 @@ class Plan:
         scales = tuple(Scale(**scale) for scale in values["scales"])
         tuples = {key: tuple(values[key]) for key in ("arms", "seeds", "budgets") if key in values}
         if (sweep := values.get("sweep")) is not None:
-            tuples["sweep"] = Sweep(**{**sweep, "factors": tuple(sweep["factors"])})
-        return cls(**{**values, **tuples, "scales": scales})
+            sweep = Sweep(**{**sweep, "factors": tuple(sweep["factors"])})
+        return cls(**{**values, **tuples, "scales": scales, "sweep": sweep})
 
 
 @dataclass(frozen=True)

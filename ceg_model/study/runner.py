@@ -22,13 +22,13 @@ import torch
 from ceg_kernels import OPS
 from ceg_model import environment
 from ceg_model.data import TokenData
+from ceg_model.device import resolve_device
 from ceg_model.flops import model_flops
 from ceg_model.progress import ProgressFn, duration
 from ceg_model.study.plan import Plan, RunSpec, our_backend
 from ceg_model.study.schedule import schedule
 from ceg_model.study.store import Store
 from ceg_model.study.worker import Job, TimingJob, TrainJob, work
-from ceg_model.train import resolve_device
 from ceg_model.train_config import decay_start
 
 STOP_PATIENCE_S = 20.0
@@ -86,7 +86,14 @@ def run_study(
         deadline = None if budget_minutes is None else time.time() + 60 * budget_minutes
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         pool = _Pool(
-            plan, store, str(data_dir), ours, gpus=gpus, deadline=deadline, progress=progress, note=note
+            plan,
+            store,
+            str(data_dir),
+            ours,
+            gpus=gpus,
+            deadline=deadline,
+            progress=progress,
+            note=note,
         )
         pool.begin()
         return pool.run()
@@ -270,7 +277,7 @@ class _Pool:
         self.tried.add(name)
         if again:
             if isinstance(job, TrainJob):
-                self.index.update(dict.fromkeys(job.specs, {"status": "unfinished"}))
+                self.index.update({run: {"status": "unfinished"} for run in job.specs})
             self.note(f"{name} failed ({reason}); trying once more")
             self.queue.append(job)
             return
