@@ -106,14 +106,14 @@ PLANS = {
             _LADDER_ARMS,
             (_PAPER_COMPACT,),
             **_PAPER,
-            note="the smaller model of the paper's second version, on its data; for a GPU; never run",
+            note="the paper's smaller model (second version) on its data; for a GPU; never run",
         ),
         Plan(
             "paper-full",
             _LADDER_ARMS,
             (_PAPER_COMPACT, _PAPER_FULL),
             **_PAPER,
-            note="both models of the paper's second version, on its data; for many GPUs; never run",
+            note="the paper's two models (second version) on its data; for many GPUs; never run",
         ),
         Plan(
             "h200-ladder",

@@ -72,6 +72,9 @@ class Store:
     def path(self, run_id: str) -> Path:
         return self.runs / run_id
 
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        return read_json(self.path(run_id) / RUN)
+
     def result(self, run_id: str) -> dict[str, Any] | None:
         return read_json(self.path(run_id) / RESULT)
 
