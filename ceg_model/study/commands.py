@@ -88,8 +88,13 @@ def _add_demo(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
     from ceg_model import data
     from ceg_model.progress import Progress
+    from ceg_model.study import machine
     from ceg_model.study.plans import plan_named
     from ceg_model.study.runner import describe, run_study
 
@@ -99,6 +104,9 @@ def _run(arguments: argparse.Namespace) -> int:
         with Progress("data") as progress:
             data.prepare(data.Request(**plan.data), folder, progress)
     start = time.monotonic()
+    if plan.name != "smoke":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        machine.describe(Path(arguments.out), device, say=lambda text: print(text, file=sys.stderr))
     with Progress(f"study {plan.name}") as progress:
         summary = run_study(
             plan,
