@@ -187,8 +187,8 @@ _ENTRIES = (
             _literature("10-50x", "the Transformer over the LSTM: the inverse of this arm's gain"),
         ),
         note="an innovation taken away: its gain over the baseline, a Transformer, is below 1 "
-        "where the Transformer is better, and falls with scale if the Transformer's advantage grows "
-        "(the paper calls the Transformer compute-dependent, from the literature)",
+        "where the Transformer is better, and falls with scale if its advantage grows (the paper "
+        "calls the Transformer compute-dependent, from the literature)",
     ),
     Innovation("bf16", "bf16 autocast", "precision", train={"dtype": "bfloat16"}),
 )
