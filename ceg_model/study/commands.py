@@ -55,8 +55,9 @@ def _add_estimate(subparsers: Any) -> None:
         "--target-at-flops", type=float, metavar="C", help="the baseline's loss at C FLOPs"
     )
     estimate.add_argument(
-        "--mode", default="crossing", choices=("crossing", "slope", "endpoint"),
-        help="crossing: within a run; slope: local, for gains up to 1.25; endpoint: not built yet",
+        "--mode", choices=("endpoint", "crossing", "slope"),
+        help="endpoint: the ends of three or more budgets of each arm, the default where there are "
+        "so many; crossing: within a run, the default elsewhere; slope: local, for gains to 1.25",
     )  # fmt: skip
     estimate.add_argument("--flops-per-step", type=float, metavar="F", help="for the column step")
     estimate.add_argument(
