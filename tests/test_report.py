@@ -1,13 +1,12 @@
 """The report renders from results.json alone, needs nothing from elsewhere, and says what it must.
 
-Left out: how it looks; that is checked by eye in a browser.
+Left out: how it looks in a browser, which is test_report_browser.py's.
 """
 
 import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from ceg_model.study import words
@@ -15,76 +14,7 @@ from ceg_model.study.cells import Options
 from ceg_model.study.curves import Key, make_curve
 from ceg_model.study.estimate import estimate
 from ceg_model.study.report import render, write_report
-
-ARMS = {
-    "baseline": (1.0, 1.0),
-    "layer_norm": (1.9, 0.97),
-    "rope": (1.35, 0.93),
-    "flash_attention": (1.0, 1.32),
-    "ln_rope_fa": (3.3, 1.14),
-    "mqa": (0.72, 1.02),
-    "moe": (1.25, 0.6),
-}
-TITLES = {"ln_rope_fa": "LN + RoPE + FA", "layer_norm": "LayerNorm <b>"}
-
-
-def synthetic(seeds=2, arms=ARMS, noise=0.002):
-    """A study whose gains are known, in the shape of results.json."""
-    rng = np.random.default_rng(3)
-    curves = []
-    for scale, size in (("S", 1.0), ("M", 3.3), ("L", 10.0)):
-        flops = np.arange(1, 41) * 4e10 * size
-        for seed in range(seeds):
-            for arm, (g_alg, g_hw) in arms.items():
-                loss = 1.2 + 60 * (g_alg * flops * (1 + 0.01 * seed)) ** -0.14
-                if arm != "flash_attention":
-                    loss = loss + rng.normal(0, noise, flops.size)
-                curves.append(
-                    make_curve(
-                        Key(arm, scale, str(seed)),
-                        flops,
-                        loss,
-                        seconds=flops / (7e10 * g_hw),
-                        lr=np.full(40, 2e-3),
-                    )
-                )
-    options = Options(
-        same_maths=frozenset({"flash_attention"}),
-        bundles={"ln_rope_fa": ("layer_norm", "rope", "flash_attention")},
-        untuned=True,
-    )
-    row = {
-        "op": "attention", "direction": "fwd", "dtype": "float32", "shape": "T256",
-        "intensity": 40.0, "gflops": 60.0, "roof_fraction": 0.4, "bound": "compute",
-        "max_error_over_slack": 0.3, "status": "ok",
-    }  # fmt: skip
-    bench = [
-        row | {"backend": "cpu", "peer": None, "median_s": 1e-3},
-        row | {"backend": "torch", "peer": "torch", "median_s": 2e-3, "gflops": 30.0},
-        row | {"backend": "reference", "peer": "reference", "median_s": 5e-3, "gflops": 12.0},
-    ]
-    time = {"median_s": 0.01}
-    return {
-        "title": "Study nano",
-        "subtitle": "A GPT without norm, and six changes to it.",
-        "chips": ["CPU", "2 seeds"],
-        "titles": TITLES,
-        "complete": {"planned": len(curves), "done": len(curves), "failed": []},
-        "curves": [
-            {
-                "arm": c.key.arm, "scale": c.key.scale, "seed": c.key.seed,
-                "flops": c.flops.tolist(), "loss": c.loss.tolist(), "seconds": c.seconds.tolist(),
-            }
-            for c in curves
-        ],
-        "estimate": estimate(curves, options),
-        "hardware": {"L": {"rope": {"against_reference": 0.93, "against_torch": 0.8}}},
-        "throughput": {"L": {"arms": {"rope": {"study": time, "torch": time, "ours": time}}}},
-        "bench": bench,
-        "roofs": {"flops": {"float32": 1.2e11}, "copy_bytes_per_s": 2e10, "threads": 2},
-        "limits": ["Nothing is tuned."],
-        "provenance": {"commit": "abc", "data": "def"},
-    }  # fmt: skip
+from tests.report_data import within_runs
 
 
 class Page(HTMLParser):
@@ -106,7 +36,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page():
-    return render(synthetic())
+    return render(within_runs())
 
 
 def test_page_is_self_contained(page):
@@ -145,7 +75,7 @@ def test_flags_all_have_words():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_json_twin(tmp_path, seeds):
-    results = synthetic(seeds)
+    results = within_runs(seeds)
     path = write_report(results, tmp_path / "report")
     assert path.read_text().startswith("<!doctype html>")
     twin = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -154,7 +84,7 @@ def test_json_twin(tmp_path, seeds):
 
 
 def test_incomplete_and_refused_study_renders():
-    results = synthetic()
+    results = within_runs()
     results["complete"] = {
         "planned": 42, "done": 41,
         "failed": [{"arm": "moe", "scale": "L", "seed": 0, "reason": "loss is nan"}],
@@ -175,7 +105,7 @@ def test_incomplete_and_refused_study_renders():
 
 
 def test_an_interval_that_holds_1_is_no_gain():
-    curves = synthetic(arms={"baseline": (1.0, 1.0), "rope": (1.002, 1.0)}, noise=0.004)
+    curves = within_runs(arms={"baseline": (1.0, 1.0), "rope": (1.002, 1.0)}, noise=0.004)
     sentence = words.verdict("RoPE", curves["estimate"]["arms"]["rope"])
     assert "no gain or loss in compute shown: 1.0" in sentence
     assert "as many model FLOPs a second at scale L" in sentence
