@@ -86,9 +86,12 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.path / RESULT, result)
 
-    def start_metrics(self, last_step: int) -> None:
-        """Open the metrics for appending, without rows after `last_step` or a torn last line."""
-        rows = [row for row in read_metrics(self.path) if row["step"] <= last_step]
+    def start_metrics(self, last_step: int, donor: Path | None = None) -> None:
+        """Open the metrics for appending, without rows after `last_step` or a torn last line.
+
+        A run that grew on another's trunk begins with the rows of that `donor`.
+        """
+        rows = [row for row in read_metrics(donor or self.path) if row["step"] <= last_step]
         path = self.path / METRICS
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._metrics = path.open("a")

@@ -40,13 +40,6 @@ class Variant:
             loss, _ = self.trainer.step(1 + number % self.trainer.config.steps)
             loss.item()  # waits for the device
 
-    @property
-    def executed_flops(self) -> int | None:
-        """Of a step, with recomputation and padding; None where a backend does not say."""
-        if self.calls.extra_flops is None:
-            return None
-        return self.trainer.model_flops + self.calls.extra_flops * self.trainer.config.grad_accum
-
 
 def kernel_parts(
     plan: Plan,

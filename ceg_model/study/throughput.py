@@ -22,13 +22,14 @@ from ceg_kernels import OPS, use_backend
 from ceg_kernels.measure import ceilings
 from ceg_model import energy
 from ceg_model.data import TokenData
+from ceg_model.device import resolve_device
 from ceg_model.op_calls import OpArguments, OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
 from ceg_model.study.kernel_parts import Variant, kernel_parts
 from ceg_model.study.plan import Plan, Scale, backends_of, model_config, train_config
 from ceg_model.study.rounds import Array, Step, gain, rounds
-from ceg_model.train import Trainer, resolve_device
+from ceg_model.train import Trainer
 
 KINDS = ("study", "reference", "torch", "ours")
 
@@ -81,7 +82,7 @@ def measure(
             "backends": backends_of(arm, ours),
             "dtype": _name(variant.trainer.dtype),
             "model_flops": work,
-            "executed_flops": variant.executed_flops,
+            "executed_flops": variant.trainer.executed_flops,
             "against_reference": gain(
                 samples[base], samples[key], work / made[base].trainer.model_flops
             ),
