@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class AbovePeakError(ValueError):
+    """More FLOP/s than the peak: one of the two is wrong."""
+
+
 @dataclass(frozen=True)
 class Peak:
     """A device's dense peak for one dtype, in FLOP/s."""
@@ -69,7 +73,9 @@ def check_dense(peak: float, dtype: str = "bfloat16") -> None:
 def mfu(
     flops: float, seconds: float, *, peak: float, devices: int = 1, dtype: str = "bfloat16"
 ) -> float:
-    """flops / (seconds x devices x peak). Raises ValueError above 1 and for a sparse peak."""
+    """flops / (seconds x devices x peak). Raises AbovePeakError above 1, ValueError for a sparse
+    peak and for arguments that cannot be.
+    """
     check_dense(peak, dtype)
     if not seconds > 0 or devices < 1 or flops < 0:
         raise ValueError(
@@ -78,7 +84,7 @@ def mfu(
         )
     value = flops / (seconds * devices * peak)
     if value > 1:
-        raise ValueError(
+        raise AbovePeakError(
             f"MFU must be at most 1, got {value:.3f} ({flops:.4g} FLOP in {seconds:.4g} s"
             f" on {devices} x {peak:.4g} FLOP/s):"
             " the peak is too low, the time too short or the FLOPs too many"

@@ -178,7 +178,7 @@ class Trainer:
         sequences = config.batch_size * config.grad_accum
         self.tokens_per_step = sequences * self.seq_len
         self.model_flops = model_flops(model_config, batch=sequences).total
-        self.executed_flops: int | None = None  # known once _warm_up has seen the backends
+        self.executed_flops: int | None = None  # known once `show` has seen the backends
         self.backends: dict[str, str] = {}
 
     def rows(
@@ -235,15 +235,7 @@ class Trainer:
         """See the module's docstring. Every trace is undone; random numbers are seeded per step."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
-        calls = OpCalls()
-        self.show(calls)
-        self.backends = dict(sorted(calls.backends.items()))
-        self.executed_flops = None
-        if calls.extra_flops is not None:
-            extra = calls.extra_flops + masked_flops(
-                self.model.config, self.seq_len, self.config.batch_size
-            )
-            self.executed_flops = self.model_flops + extra * self.config.grad_accum
+        self.show(OpCalls())
         for _ in range(self.config.timing_warmup):
             self.step(1)
         with torch.no_grad():
@@ -252,11 +244,18 @@ class Trainer:
         self.optimizer.state.clear()
 
     def show(self, calls: OpCalls) -> None:
-        """Lets `calls` see the ops of one micro-batch, forward and backward."""
+        """Lets `calls` see one micro-batch, and learns from it what the ops run on and execute."""
         x, y = self._micro_batch(1, 0)
         with calls:
             self._loss(self.model, x, y).backward()
         self.optimizer.zero_grad(set_to_none=True)
+        self.backends = dict(sorted(calls.backends.items()))
+        self.executed_flops = None
+        if calls.extra_flops is not None:
+            extra = calls.extra_flops + masked_flops(
+                self.model.config, self.seq_len, self.config.batch_size
+            )
+            self.executed_flops = self.model_flops + extra * self.config.grad_accum
 
     def _resume(
         self,

@@ -85,6 +85,19 @@ def measure(device: str = "cpu", refresh: bool = False, seconds: float = 0.2) ->
     return roofs
 
 
+def peak_flops(dtype: str, device: str = "cpu", seconds: float = 0.2) -> float:
+    """FLOP/s of one dtype now, in about five times `seconds`: what a step beside may be held to.
+
+    The larger of the two numbers of the module's docstring. Nothing is kept: a process with other
+    threads, or beside others, asks for its own.
+    """
+    cuda = device.startswith("cuda")
+    known = [_matmul_flops(getattr(torch, dtype), 8192 if cuda else 1024, device, seconds)]
+    if not cuda and (native := _native()) is not None:
+        known.append(native.fma_flops(dtype, torch.get_num_threads(), seconds) or 0.0)
+    return max(known)
+
+
 def device_name(device: str = "cpu") -> str:
     """The name that the processor or the GPU gives itself, with what tells two of them apart."""
     if device.startswith("cuda"):
