@@ -120,6 +120,15 @@ def test_tensorboards_csv_files_of_one_run_are_put_together(tmp_path):
     assert curve.rows["lr"] == [1.001, 0.501, pytest.approx(1 / 3 + 1e-3)]
 
 
+def test_runs_without_the_loss_are_left_out_and_named(tmp_path):
+    (tmp_path / "good.csv").write_text("step,val/loss\n1,2\n")
+    (tmp_path / "tuning.csv").write_text("step,train/loss\n1,2\n")
+    for wanted in (Wanted(), Wanted(loss="val/loss")):
+        (curve,) = import_curves(sorted(tmp_path.glob("*.csv")), wanted)
+        assert curve.run == "good"
+        assert curve.notes == ["left out, for they have no such loss: tuning"]
+
+
 def test_json_lines_with_a_loss_that_is_no_number_are_kept_for_the_estimator(tmp_path, capsys):
     rows = [{"_step": s, "eval/loss": math.nan if s == 9 else 9 - s / 10} for s in range(1, 20)]
     (tmp_path / "wandb-history.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -144,6 +153,7 @@ def test_json_lines_with_a_loss_that_is_no_number_are_kept_for_the_estimator(tmp
         ("a.csv", "step,train/loss,acc\n1,2,3\n", {},
          "that is the evaluation loss, got none; there are: train/loss, acc"),
         ("a.csv", "step,val/loss,eval_loss\n1,2,3\n", {}, "there are: eval_loss, val/loss"),
+        ("a.csv", "step,train/loss\n1,2\n", {}, "got none; there are: train/loss"),
         ("a.csv", "step,val/loss\n1,2\n", {"loss": "x"}, "got x; there are: val/loss"),
         ("a.csv", "step,val/loss\n1,2\n", {"columns": {"lr": "rate"}},
          "--column lr must name a metric of run 'a' (a.csv), got 'rate'"),

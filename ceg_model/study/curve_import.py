@@ -72,7 +72,7 @@ def import_curves(sources: Sequence[str | Path], wanted: Wanted | None = None) -
     unknown = [name for name in wanted.columns if name not in USUAL]
     if unknown:
         raise CurveError(f"--column must name one of {', '.join(USUAL)}, got {unknown[0]!r}")
-    logs = _merged([log for source in sources for log in read_source(source)])
+    logs = _merged(log for source in sources for log in read_source(source))
     _check_runs(wanted, logs)
     curves = [_curve(log, wanted) for log in logs if _loss_name(log, wanted, logs) is not None]
     places: dict[tuple[str, ...], str] = {}
@@ -84,6 +84,8 @@ def import_curves(sources: Sequence[str | Path], wanted: Wanted | None = None) -
                 f"{places[place]!r} and {curve.run!r}: name them with --arm RUN=NAME, --seed RUN=N"
             )
         places[place] = curve.run
+    if left := [log.name for log in logs if log.name not in {c.run for c in curves}]:
+        curves[-1].notes.append(f"left out, for they have no such loss: {', '.join(left)}")
     having = [curve.run for curve in curves if "flops" in curve.rows]
     if having and len(having) < len(curves):
         without = next(c for c in curves if "flops" not in c.rows)
@@ -144,15 +146,16 @@ def _check_runs(wanted: Wanted, logs: Sequence[Log]) -> None:
 
 
 def _loss_name(log: Log, wanted: Wanted, logs: Sequence[Log]) -> str | None:
-    """The metric that is the loss; None where only other runs have the one that was asked for."""
-    if wanted.loss is not None and any(wanted.loss in other.points for other in logs):
-        return wanted.loss if wanted.loss in log.points else None
-    names = [name for name in log.points if name != WALL and not name.startswith("_")]
-    known = [name for name in LOSSES if name in names]
-    if wanted.loss is None and len(known) == 1:
+    """The metric that is the loss; None for a run that has none where others have."""
+    asked = LOSSES if wanted.loss is None else (wanted.loss,)
+    known = [name for name in asked if name in log.points]
+    if len(known) == 1:
         return known[0]
-    if wanted.loss is None and len(names) == 1:
-        return names[0]
+    if not known and any(name in other.points for other in logs for name in asked):
+        return None
+    names = [name for name in log.points if name != WALL and not name.startswith("_")]
+    if wanted.loss is None and len(names) == 1 and "train" not in names[0]:
+        return names[0]  # the only curve of an export was meant
     raise CurveError(
         f"--loss must name the metric of {log.source}, run {log.name!r}, that is the evaluation "
         f"loss, got {wanted.loss or 'none'}; there are: {', '.join(known or names)}"
