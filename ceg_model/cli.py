@@ -22,7 +22,12 @@ from ceg_model.progress import Progress
 DATA = "data/stdlib"
 RUNS = "runs"
 # Each of them has add_subcommands(subparsers) and imports what it needs when it runs.
-EXTENSIONS = ("ceg_model.bench_commands", "ceg_model.tune", "ceg_model.study.commands")
+EXTENSIONS = (
+    "ceg_model.bench_commands",
+    "ceg_model.tune",
+    "ceg_model.study.commands",
+    "ceg_model.study.outside",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from ceg_model.study import stats
 from ceg_model.study.cells import OptionError, Options
 from ceg_model.study.crossing import cross, log_flops_at, noise_sd
 from ceg_model.study.curves import CurveError, Key, make_curve, read_csv
-from ceg_model.study.estimate import TABLE_III, TABLE_III_MINUTES, estimate, take_apart
+from ceg_model.study.estimate import estimate
 from ceg_model.study.trend import classify, slope_of
 
 
@@ -370,23 +370,6 @@ def test_slope_mode():
     assert out["g_alg"] == pytest.approx(1.1, rel=5e-3)
     far = estimate(shifted(2.0), Options(mode="slope"))["arms"]["arm"]
     assert far["status"] == "refused"
-
-
-def test_the_paper_taken_apart():
-    def apart(arm):
-        minutes, ceg = TABLE_III[arm]
-        return take_apart(ceg, TABLE_III_MINUTES, minutes, same_maths=arm == "flash_attention")
-
-    expected = {
-        "flash_attention": (1.00, 1.32),
-        "layer_norm": (2.17, 0.97),
-        "rope": (1.43, 0.93),
-        "ln_rope_fa": (3.45, 1.14),
-    }
-    for arm, (g_alg, g_hw) in expected.items():
-        got = apart(arm)
-        assert (round(got["g_alg"], 2), round(got["g_hw"], 2)) == (g_alg, g_hw)
-    assert apart("ln_rope_fa")["g_time"] == pytest.approx(3.93, abs=0.01)
 
 
 @pytest.mark.parametrize(

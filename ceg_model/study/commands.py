@@ -1,4 +1,4 @@
-"""The subcommands `ceg study run`, `ceg study report`, `ceg estimate` and `ceg demo`."""
+"""The subcommands `ceg study run`, `report` and `export`, `ceg estimate` and `ceg demo`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def _add_study(subparsers: Any) -> None:
     report.add_argument("dir", metavar="DIR")
     report.add_argument("--json", action="store_true", help="print results.json")
     report.set_defaults(run=_report)
+    export = commands.add_parser("export", help="all curves of a study as one table")
+    export.add_argument("dir", metavar="DIR")
+    export.add_argument("--out", required=True, metavar="FILE.csv|FILE.parquet")
+    export.set_defaults(run=_export)
 
 
 def _add_estimate(subparsers: Any) -> None:
@@ -134,6 +138,15 @@ def _report(arguments: argparse.Namespace) -> int:
     results = collect(arguments.dir)
     page = write_report(results, Store(arguments.dir).report)
     print(json.dumps(results) if arguments.json else page)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ceg_model.study.curve_export import study_curves, write_curves
+
+    curves = study_curves(arguments.dir)
+    write_curves(curves, arguments.out)
+    print(f"{arguments.out}: {len(curves)} curves, {sum(c.flops.size for c in curves)} rows")
     return 0
 
 

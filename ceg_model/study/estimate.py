@@ -145,27 +145,3 @@ def _lowest(answer: dict[str, Any]) -> dict[str, float | None]:
     seen = [v for cell in answer["scales"].values() for v in (cell["range"] or {}).get("g_alg", ())]
     seen += [c["g_alg"] for c in answer["scales"].values() if c["g_alg"] is not None]
     return {"lowest": min(seen, default=None)}
-
-
-# Table III of the paper's v1: minutes of a run and its CEG at 50k iterations.
-TABLE_III = {
-    "layer_norm": (340.67, 2.24),
-    "rope": (355.34, 1.54),
-    "flash_attention": (250.34, 0.81),
-    "ln_rope_fa": (289.51, 3.03),
-}
-TABLE_III_MINUTES = 330.01
-
-
-def take_apart(
-    ceg: float, minutes_base: float, minutes: float, *, same_maths: bool = False
-) -> dict:
-    """The paper's CEG, iterations x MFU, as G_alg and G_hw.
-
-    It divided the algorithmic gain by the hardware gain; at equal FLOPs per iteration the hardware
-    gain is the ratio of minutes, so multiplying by it gives G_alg back. `implied` is that value;
-    for a kernel G_alg is 1 by construction and implied - 1 is the noise of the rule.
-    """
-    g_hw = minutes_base / minutes
-    g_alg = 1.0 if same_maths else ceg * g_hw
-    return {"g_alg": g_alg, "g_hw": g_hw, "g_time": g_alg * g_hw, "implied": ceg * g_hw}
