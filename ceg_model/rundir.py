@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Any
 
 RUN, METRICS, RESULT, CHECKPOINTS = "run.json", "metrics.jsonl", "result.json", "ckpt"
+PARTIAL = ".partial"
 
 
 class RunDir:
@@ -30,7 +31,8 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"run folder {self.path} must be a folder, got a file")
         if not (self.path / RUN).exists() and self.path.exists():
-            foreign = sorted(p.name for p in self.path.iterdir())
+            # A kill may have come before run.json had its name.
+            foreign = sorted(p.name for p in self.path.iterdir() if not is_partial(p))
             if foreign:
                 raise ValueError(
                     f"run folder {self.path} must be new, empty or a run's, got one with "
@@ -90,6 +92,12 @@ class RunDir:
         """Open the metrics for appending, without rows after `last_step` or a torn last line."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= last_step]
         path = self.path / METRICS
+        found = rows[-1]["step"] if rows else 0
+        if found != last_step:  # never after a kill: rows are on disk before their checkpoint is
+            raise ValueError(
+                f"{path} must reach step {last_step} like the run's checkpoint, got its last row "
+                f"at step {found}; remove the run's folder to train it anew"
+            )
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._metrics = path.open("a")
 
@@ -125,9 +133,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {str(content)[:60]!r}")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -135,9 +146,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    """The file has its old content or the new one, whenever this process is killed."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether `path` is what a kill inside `write_atomically` leaves behind."""
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)

@@ -142,17 +142,21 @@ class _Pool:
                 self.queue.append(TimingJob(self.plan, scale, dict(ours), data_dir))
         index = self.store.index()
         groups: dict[Any, dict[str, RunSpec]] = {}
+        members: dict[Any, list[str]] = {}  # of each group, whether or not they are done
         for run, spec in self.specs:
+            group = (spec.scale, spec.seed) if self.plan.lockstep else run
+            members.setdefault(group, []).append(run)
             result = index.get(run, {"status": "unfinished"})
             if result["status"] == "done":
                 self.summary.done += 1
             elif result["status"] == "failed" and not self.store.set_aside_failure(run):
                 self.summary.failed.append((spec, result["reason"]))
             else:
-                group = (spec.scale, spec.seed) if self.plan.lockstep else run
                 groups.setdefault(group, {})[run] = spec
-        for specs in groups.values():
-            self.queue.append(TrainJob(specs, str(self.store.runs), data_dir))
+        for group, specs in groups.items():
+            # Not the name of those that are left: a kill must not part a group's clocks.
+            name = "-".join(members[group]) if len(members[group]) > 1 else None
+            self.queue.append(TrainJob(specs, str(self.store.runs), data_dir, name))
         self.total = sum(self.weights.values()) + len(self.plan.scales) * self.timing_weight
         self.left = sum(map(self._job_weight, self.queue))
 
@@ -218,7 +222,8 @@ class _Pool:
         elif result["status"] == "stopped":
             self.summary.stopped = True
         else:
-            alone = dataclasses.replace(worker.job, specs={run: worker.job.specs[run]})
+            specs = {run: worker.job.specs[run]}
+            alone = dataclasses.replace(worker.job, specs=specs, lockstep=None)
             self._retry(alone, result["reason"])
 
     def _done(self, worker: _Worker, timing: dict[str, Any] | None) -> None:

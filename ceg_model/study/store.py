@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ceg_model.rundir import METRICS, RESULT, RUN, read_json, read_metrics, write_json
+from ceg_model.rundir import METRICS, RESULT, RUN, is_partial, read_json, read_metrics, write_json
 from ceg_model.study.curves import Curve, Key, make_curve
 from ceg_model.study.lockstep import common_clock
 
@@ -38,8 +38,7 @@ class Store:
         """Writes study.json, or checks that the one that is there is of the same study."""
         found = self.study()
         if found is None:
-            others = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
-            foreign = sorted(set(others) - {"lock", "data", "bench.json", "roofs.json"})
+            foreign = self._foreign()
             if foreign:
                 raise ValueError(
                     f"study folder {self.folder} must be new, empty or a study's, "
@@ -55,6 +54,16 @@ class Store:
                     f"{_difference(key, found, study)}; name another --out"
                 )
         return found
+
+    def _foreign(self) -> list[str]:
+        """What is in the folder and none of ours; a kill may have come before study.json."""
+        if not self.folder.exists():
+            return []
+        ours = {"lock", "data", "bench.json", "roofs.json"}
+        if self.runs.is_dir() and not any(self.runs.iterdir()):
+            ours.add(RUNS)
+        names = {path.name for path in self.folder.iterdir() if not is_partial(path)}
+        return sorted(names - ours)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
