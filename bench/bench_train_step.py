@@ -14,20 +14,17 @@ autograd around the ops, the dispatcher, the machine's mood.
 
 from __future__ import annotations
 
-import collections
-from typing import Any
-
 import pytest
 import torch
 
 from ceg_kernels import use_backend
-from ceg_kernels.measure import memory, time_interleaved
-from ceg_kernels.measure.steps import Step, step_extras
-from ceg_kernels.op import OPS, Cost
+from ceg_kernels.measure import memory
+from ceg_kernels.measure.steps import Step, call_times, step_extras
+from ceg_kernels.op import Cost
 from ceg_model.config import GPTConfig
 from ceg_model.flops import model_flops
 from ceg_model.gpt import build_model
-from ceg_model.op_calls import OpCalls
+from ceg_model.op_calls import OpArguments
 
 # 10M parameters beside the embedding, and every kernel of ours but the mixture's
 STEP = GPTConfig(
@@ -36,47 +33,15 @@ STEP = GPTConfig(
 BATCH = 4
 FAMILIES = ("attention", "rope", "rms_norm")
 DTYPES = (torch.float32, torch.bfloat16)
-COPIES = 4  # of a call's tensors, in turn: a step does not find them in a near cache either
-
-
-class OpArguments(OpCalls):
-    """Every different call of an op inside, how often it came, and its tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: collections.Counter[tuple] = collections.Counter()
-        self.arguments: dict[tuple, tuple] = {}
-
-    def _record(self, name: str, args: tuple) -> None:
-        super()._record(name, args)
-        key = (name, *(_described(a) for a in args))
-        self.counts[key] += 1
-        self.arguments.setdefault(key, _detached(args))
-
-
-def _described(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return tuple(argument.shape), argument.stride(), argument.dtype
-    return argument
-
-
-def _detached(args: tuple) -> tuple:
-    return tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def savings(calls: OpArguments, ours: str) -> dict[str, float]:
     """Seconds a step that each family's calls take less on `ours` than on stock torch."""
-    timed = {}
-    for number, (key, args) in enumerate(calls.arguments.items()):
-        copies = [args, *(_detached(args) for _ in range(COPIES - 1))]
-        for name in (ours, "torch"):
-            run = OPS[key[0]].backend(name).run
-            timed[f"{number} {name}"] = [lambda r=run, a=a: r(*a) for a in copies]
-    timings = time_interleaved(timed, min_time_s=0.1, max_time_s=1.0)
+    times, _ = call_times(calls.arguments, dict.fromkeys(calls.arguments, (ours, "torch")))
     saved = dict.fromkeys(FAMILIES, 0.0)
-    for number, key in enumerate(calls.arguments):
-        stock, own = (timings[f"{number} {name}"].median_s for name in ("torch", ours))
-        saved[key[0].removesuffix("_backward")] += calls.counts[key] * (stock - own)
+    for call, count in calls.counts.items():
+        difference = times[call, "torch"] - times[call, ours]
+        saved[call[0].removesuffix("_backward")] += count * difference
     return saved
 
 

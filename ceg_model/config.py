@@ -15,6 +15,7 @@ MLPS = ("gelu", "swiglu", "moe")
 EXPERTS = ("gelu", "swiglu")
 BALANCES = ("none", "aux", "bias")
 ARCHS = ("gpt", "lstm")
+ATTENTIONS = ("full", "native_sparse")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class GPTConfig:
     GPT-2's tanh form; `expert` is the MLP inside each expert. d_ff is the width of the MLP
     (None: 4 d for gelu, 8 d / 3 for swiglu, rounded up to 8) or of one expert (None: the dense
     width over the experts that a token visits, so that mixture and dense model spend the same
-    FLOPs a token, but for the router's). Routing is softmax top-k; balance="bias" is
-    DeepSeek-V3's loss-free scheme: sigmoid scores, and a bias per expert that moves selection
-    only, by bias_rate a step. rope turns whole heads, pairs a half apart. arch="lstm" reads
-    vocab_size, seq_len, n_layer, d_model, norm, final_norm, norm_eps, tied_head, dropout and
-    bias (of the norms; its gates always have one), and refuses every switch that it has no place
-    for.
+    FLOPs a token, but for the router's). attention="native_sparse" is NSA, and the five fields
+    after it its sizes in tokens (select_count: in blocks): the paper's 32, 16, 64, 16 and 512 are
+    for 8,192 tokens and more, these for 128 to 1,024; see sparse_attention.py. Routing is softmax
+    top-k; balance="bias" is DeepSeek-V3's loss-free scheme: sigmoid scores, and a bias per expert
+    that moves selection only, by bias_rate a step. rope turns whole heads, pairs a half apart.
+    arch="lstm" reads vocab_size, seq_len, n_layer, d_model, norm, final_norm, norm_eps, tied_head,
+    dropout and bias (of the norms; its gates always have one), and refuses every switch that it
+    has no place for.
     """
 
     vocab_size: int = 256
@@ -49,6 +52,12 @@ class GPTConfig:
     position: str = "learned"
     rope_base: float = 10000.0
     window: int | None = None
+    attention: str = "full"
+    compress_block: int = 8
+    compress_stride: int = 4
+    select_block: int = 8
+    select_count: int = 6
+    sparse_window: int = 32
     qk_norm: bool = False
     mlp: str = "gelu"
     num_experts: int = 8
@@ -120,8 +129,17 @@ class GPTConfig:
         return cls(**values)
 
 
+SPARSE_SIZES: dict[str, Any] = {
+    f.name: f.default
+    for f in fields(GPTConfig)
+    if f.name.startswith(("compress_", "select_", "sparse_"))
+}
+
+
 def _check_fields(config: GPTConfig) -> None:
     for name in ("vocab_size", "seq_len", "n_layer", "n_head", "d_model", "num_experts", "top_k"):
+        _check_count(name, getattr(config, name))
+    for name in SPARSE_SIZES:
         _check_count(name, getattr(config, name))
     for name in ("n_kv_head", "d_ff", "window"):
         if getattr(config, name) is not None:
@@ -130,7 +148,7 @@ def _check_fields(config: GPTConfig) -> None:
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}")
     choices = {"arch": ARCHS, "norm": NORMS, "position": POSITIONS, "mlp": MLPS}
-    choices |= {"expert": EXPERTS, "balance": BALANCES}
+    choices |= {"expert": EXPERTS, "balance": BALANCES, "attention": ATTENTIONS}
     for name, allowed in choices.items():
         _check_choice(name, getattr(config, name), allowed)
     if config.final_norm is not None:
@@ -157,6 +175,7 @@ def _check_gpt(config: GPTConfig) -> None:
             f"position 'rope' needs an even d_model / n_head,"
             f" got {config.d_model} / {config.n_head} = {config.head_dim}"
         )
+    _check_attention(config)
     if config.mlp == "moe":
         if config.top_k > config.num_experts:
             raise ValueError(
@@ -177,8 +196,46 @@ def _check_gpt(config: GPTConfig) -> None:
             )
 
 
+def _check_attention(config: GPTConfig) -> None:
+    if config.attention == "full":
+        _check_sparse_sizes_idle(config, "attention 'full'")
+        return
+    if config.window is not None:
+        raise ValueError(
+            f"window must be None with attention 'native_sparse' (its own is sparse_window),"
+            f" got {config.window}"
+        )
+    for name in ("compress_block", "select_block"):
+        if getattr(config, name) % config.compress_stride:
+            raise ValueError(
+                f"compress_stride must divide {name}, got {config.compress_stride}"
+                f" and {getattr(config, name)}"
+            )
+    if config.compress_block > config.seq_len:
+        raise ValueError(
+            f"compress_block must be at most seq_len (no block would ever end),"
+            f" got {config.compress_block} and {config.seq_len}"
+        )
+    if config.select_count < 3:
+        raise ValueError(
+            f"select_count must be at least 3 (the first block and the last two are always"
+            f" selected), got {config.select_count}"
+        )
+
+
+def _check_sparse_sizes_idle(config: GPTConfig, where: str) -> None:
+    for name, idle in SPARSE_SIZES.items():
+        if getattr(config, name) != idle:
+            raise ValueError(
+                f"{name} must be {idle} with {where} (it has no use for it),"
+                f" got {getattr(config, name)}"
+            )
+
+
 def _check_lstm(config: GPTConfig) -> None:
+    _check_sparse_sizes_idle(config, "arch 'lstm'")
     idle = {"position": "none", "n_kv_head": None, "window": None, "qk_norm": False, "d_ff": None}
+    idle |= {"attention": "full"}
     idle |= {"mlp": "gelu", "shared_expert": False, "balance": "none", "expert": "gelu"}
     for name, value in idle.items():
         if getattr(config, name) != value:

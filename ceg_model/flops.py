@@ -5,8 +5,9 @@ the ops of ceg_kernels declare and 2 m n k for every matmul of an (m, k) by a (k
 backward, each matmul costs twice its forward (a gradient for either factor). It equals what
 torch's FlopCounterMode counts over a training step, to the last digit. Not
 counted, as there: embeddings, residual sums, biases, LayerNorm, activations, an LSTM's gates,
-softmax and loss of the head, the balancing loss, the optimizer. Recomputation and padding are
-executed FLOPs, never model FLOPs.
+softmax and loss of the head, the balancing loss, sparse attention's gating and importances, the
+optimizer. Recomputation and padding are executed FLOPs, never model FLOPs; so are the masked pairs
+of native sparse attention, which the counter does see: it shows `masked_flops` more.
 
 How it differs from the usual formulas, a token:
 
@@ -30,6 +31,12 @@ from torch import Tensor
 
 from ceg_kernels import OPS
 from ceg_model.config import GPTConfig
+from ceg_model.sparse_attention import (
+    compressed_blocks,
+    compressed_pairs,
+    computed_pairs,
+    selected_pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,18 @@ class ModelFlops:
 def model_flops(
     config: GPTConfig, seq_len: int | None = None, batch: int = 1, *, causal: bool = True
 ) -> ModelFlops:
-    """Model FLOPs of one forward and backward pass over `batch` sequences of `seq_len` tokens."""
+    """Model FLOPs of one forward and backward pass over `batch` sequences of `seq_len` tokens.
+
+    ValueError for causal=False with native sparse attention, which has no form without a mask.
+    """
     seq_len = config.seq_len if seq_len is None else seq_len
     if not 1 <= seq_len <= config.seq_len or batch < 1:
         raise ValueError(
             f"seq_len must be in [1, {config.seq_len}] and batch at least 1,"
             f" got {seq_len} and {batch}"
         )
+    if not causal and config.attention == "native_sparse":
+        raise ValueError("causal must be True with attention 'native_sparse', got False")
     count = _Count()
     if config.arch == "lstm":
         _count_lstm(count, config, batch, seq_len)
@@ -67,6 +79,15 @@ def model_flops(
     _count_norm(count, config, config.norm_at_end, batch * seq_len)
     count.matmul(batch * seq_len, config.vocab_size, config.d_model)
     return ModelFlops(count.forward, count.backward, batch * seq_len)
+
+
+def masked_flops(config: GPTConfig, seq_len: int, batch: int = 1) -> int:
+    """Executed FLOPs of a pass that native sparse attention's masks throw away; 0 without it."""
+    if config.attention != "native_sparse":
+        return 0
+    needed = compressed_pairs(config, seq_len) + selected_pairs(config, seq_len)
+    wasted = computed_pairs(config, seq_len) - needed
+    return 3 * 4 * config.head_dim * config.n_head * config.n_layer * batch * wasted
 
 
 class _Count:
@@ -90,24 +111,43 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _count_attention(
     count: _Count, config: GPTConfig, batch: int, seq_len: int, causal: bool
 ) -> None:
-    tokens, kv_width = batch * seq_len, config.kv_heads * config.head_dim
+    tokens, sparse = batch * seq_len, config.attention == "native_sparse"
+    branches = 3 if sparse else 1  # each has keys and values of its own
+    kv_width = branches * config.kv_heads * config.head_dim
     _count_norm(count, config, config.norm, tokens)
     for width in (config.d_model, kv_width, kv_width, config.d_model):  # q, k, v, o
         count.matmul(tokens, width, config.d_model)
     q = _meta(batch, seq_len, config.n_head, config.head_dim)
     k = _meta(batch, seq_len, config.kv_heads, config.head_dim)
     if config.qk_norm:
-        for x in (q, k):
+        for x in (q, *(k for _ in range(branches))):
             _count_rms_norm(count, x)
     if config.position == "rope":
+        turned = _meta(batch, seq_len, (2 if sparse else 1) * config.kv_heads, config.head_dim)
         table = _meta(seq_len, config.head_dim // 2)
-        turn = (q, k, table, table, None, False)
+        turn = (q, turned, table, table, None, False)
         count.op("rope", (*turn, False), "rope", (*turn, True))
-    left, right = (-1, -1) if config.window is None or not causal else (config.window - 1, 0)
+    if sparse:
+        _count_far_branches(count, config, batch, seq_len)
+    window = config.sparse_window if sparse else config.window
+    left, right = (-1, -1) if window is None or not causal else (window - 1, 0)
     lse = _meta(batch, config.n_head, seq_len)
     scale = config.head_dim**-0.5
     rest = (None, None, seq_len, seq_len, None, None, scale, causal, left, right, 0.0)
     count.op("attention", (q, k, k, *rest), "attention_backward", (q, None, q, k, k, q, lse, *rest))
+
+
+def _count_far_branches(count: _Count, config: GPTConfig, batch: int, seq_len: int) -> None:
+    """The gates, the compressing MLPs, and the pairs of the compressed and selected branches."""
+    size = config.head_dim
+    count.matmul(batch * seq_len, 3 * config.n_head, config.d_model)
+    blocks = batch * config.kv_heads * compressed_blocks(config, seq_len)
+    for _ in ("k", "v"):
+        count.matmul(blocks, size, config.compress_block * size)
+        count.matmul(blocks, size, size)
+    pairs = compressed_pairs(config, seq_len) + selected_pairs(config, seq_len)
+    for _ in ("scores", "output"):
+        count.matmul(batch * config.n_head * pairs, 1, size)
 
 
 def _count_mlp(count: _Count, config: GPTConfig, tokens: int) -> None:
@@ -176,9 +216,14 @@ def params_count(config: GPTConfig, *, positions: bool = True, active: bool = Fa
         total += config.seq_len * d
     kv_width = config.kv_heads * config.head_dim
     attention = 2 * d * d + 2 * d * kv_width + (2 * config.head_dim if config.qk_norm else 0)
+    if config.attention == "native_sparse":
+        size = config.head_dim
+        attention += 4 * d * kv_width + 3 * config.n_head * (d + 1)
+        attention += 2 * ((config.compress_block + 1) * size**2 + 2 * size)
     kind = config.expert if config.mlp == "moe" else config.mlp
     mlp = (3 if kind == "swiglu" else 2) * d * width
-    biases = 2 * d + 2 * kv_width + d + width * (2 if kind == "swiglu" else 1)
+    branches = 3 if config.attention == "native_sparse" else 1
+    biases = 2 * d + 2 * branches * kv_width + d + width * (2 if kind == "swiglu" else 1)
     if config.mlp == "moe":
         experts = config.top_k if active else config.num_experts
         mlp = mlp * (experts + config.shared_expert) + config.num_experts * d

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ceg_kernels import flash_attention
 from ceg_kernels.nn import MLP, GatedMLP, MoE, RMSNorm, RotaryEmbedding
 from ceg_model.config import GPTConfig
+from ceg_model.sparse_attention import NativeSparseAttention
 
 
 def build_model(config: GPTConfig, seed: int = 0) -> LanguageModel:
@@ -90,14 +91,14 @@ class LanguageModel(nn.Module):
             if parameter.dim() >= 2:
                 stream = torch.Generator().manual_seed(_stream_seed(seed, name))
                 normal = torch.randn(parameter.shape, generator=stream)
-                parameter.copy_(normal * self._std(name))
+                parameter.copy_(normal * self._std(name, parameter.shape[-1]))
             elif name.endswith("bias"):
                 parameter.zero_()
         for module in self.modules():
             if isinstance(module, LSTMLayer):
                 module.open_forget_gate()
 
-    def _std(self, name: str) -> float:
+    def _std(self, name: str, fan_in: int) -> float:
         return 0.02
 
 
@@ -130,10 +131,13 @@ class GPT(LanguageModel):
                 losses.append(aux)
         return x, losses
 
-    def _std(self, name: str) -> float:
+    def _std(self, name: str, fan_in: int) -> float:
         # GPT-2: what is added to the residual stream is smaller, so that 2 L sums leave it near 1.
         if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
             return 0.02 / (2 * self.config.n_layer) ** 0.5
+        # With 0.02 twice over, compressed keys would all start near zero and no block stand out.
+        if ".compress_" in name:
+            return fan_in**-0.5
         return 0.02
 
 
@@ -143,7 +147,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attn_norm = _norm(config.norm, config)
-        self.attn = Attention(config)
+        sparse = config.attention == "native_sparse"
+        self.attn = NativeSparseAttention(config) if sparse else Attention(config)
         self.mlp_norm = _norm(config.norm, config)
         self.mlp = _mlp(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -200,9 +205,9 @@ class LSTM(LanguageModel):
             x = self.dropout(layer(norm(x)))
         return x, []
 
-    def _std(self, name: str) -> float:
+    def _std(self, name: str, fan_in: int) -> float:
         # The variance of the usual U(-1/sqrt(d), 1/sqrt(d)); 0.02 would leave the gates undecided.
-        return (3 * self.config.d_model) ** -0.5 if name.startswith("layers.") else 0.02
+        return (3 * fan_in) ** -0.5 if name.startswith("layers.") else 0.02
 
 
 class LSTMLayer(nn.Module):

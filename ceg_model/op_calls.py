@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ceg_kernels import OPS
@@ -41,3 +43,31 @@ class OpCalls(TorchDispatchMode):
             self.extra_flops += executed(*args) - op.cost(*args).flops
         elif executed is None and any(b.executed_flops for b in op.backends):
             self.extra_flops = None
+
+
+class OpArguments(OpCalls):
+    """Beside that: every different call, how often it came (`counts`), and its tensors.
+
+    Calls are the same whose tensors agree in shape, strides and dtype, and their other arguments
+    too; `arguments` keeps a detached copy of the first one's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[tuple] = collections.Counter()
+        self.arguments: dict[tuple, tuple] = {}
+
+    def _record(self, name: str, args: tuple) -> None:
+        super()._record(name, args)
+        key = (name, *(_described(a) for a in args))
+        self.counts[key] += 1
+        if key not in self.arguments:
+            self.arguments[key] = tuple(
+                a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args
+            )
+
+
+def _described(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return tuple(argument.shape), argument.stride(), argument.dtype
+    return argument

@@ -88,9 +88,12 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.path / RESULT, result)
 
-    def start_metrics(self, last_step: int) -> None:
-        """Open the metrics for appending, without rows after `last_step` or a torn last line."""
-        rows = [row for row in read_metrics(self.path) if row["step"] <= last_step]
+    def start_metrics(self, last_step: int, donor: Path | None = None) -> None:
+        """Open the metrics for appending, without rows after `last_step` or a torn last line.
+
+        A run that grew on another's trunk begins with the rows of that `donor`.
+        """
+        rows = [row for row in read_metrics(donor or self.path) if row["step"] <= last_step]
         path = self.path / METRICS
         found = rows[-1]["step"] if rows else 0
         if found != last_step:  # never after a kill: rows are on disk before their checkpoint is

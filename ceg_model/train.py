@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Generator
@@ -36,44 +35,20 @@ from ceg_kernels import use_backend
 from ceg_model import checkpoint, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
-from ceg_model.flops import model_flops
+from ceg_model.device import resolve_device, resolve_dtype
+from ceg_model.flops import masked_flops, model_flops
 from ceg_model.gpt import build_model, parameter_groups
 from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
 from ceg_model.rundir import CHECKPOINTS, RESULT, RunDir, read_metrics
-from ceg_model.train_config import TrainConfig, learning_rate
+from ceg_model.train_config import TrainConfig, decay_start, learning_rate
+from ceg_model.trunk import TRUNK, grow
 
 RUN_VERSION = 1  # part of a run's id: raise it when the same config would give another curve
 FLOP_CONVENTION = (
     "ceg-1: matmuls and op costs, masked-out pairs and recomputation not counted, backward included"
 )
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device of this process; "auto" is the GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
-    if resolved.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device must be one that torch can use here, got {device!r}")
-        if resolved.index is None:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun sets it
-    return resolved
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; "auto" is bf16 where the device has bf16 dot products."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = bool({"avx512_bf16", "amx_bf16", "bf16"} & environment.cpu_flags())
-    return torch.bfloat16 if fast else torch.float32
 
 
 def run_id(model_config: GPTConfig, train_config: TrainConfig, data_hash: str) -> str:
@@ -124,11 +99,14 @@ def training(
     stop_at: int | Callable[[], bool] | None = None,
     note: Callable[[str], None] = lambda text: None,
     lockstep: str | None = None,
+    donor: str | Path | None = None,
 ) -> Generator[int, None, dict[str, Any]]:
     """`train`, a row at a time: yields the step of each row, and its value is the result.
 
     For whoever drives several runs in turn; `lockstep`, the name of their group, goes to run.json.
     The backend is a context variable: each generator must be advanced in a context of its own.
+    `donor` is the folder of a shorter run of the same model and rate, whose trunk this run takes
+    over where it can (trunk.py).
     """
     data = TokenData(data_dir)
     if data.vocab_size > model_config.vocab_size:
@@ -153,6 +131,7 @@ def training(
             yield from trainer.rows(
                 folder, Path(run_dir), description,
                 progress=progress, stop_at=stop_at, note=note, lockstep=lockstep,
+                donor=None if donor is None else Path(donor),
             )
         )  # fmt: skip
 
@@ -212,13 +191,15 @@ class Trainer:
         stop_at: int | Callable[[], bool] | None,
         note: Callable[[str], None],
         lockstep: str | None = None,
+        donor: Path | None = None,
     ) -> Generator[int, None, dict[str, Any]]:
         """Train to the end or to `stop_at`, yielding after each row. Only rank 0 has a `folder`."""
         self._warm_up()
-        step, train_s = self._resume(run_dir, description["id"], note)
+        state, grown = self._resume(run_dir, description, note, donor)
+        step, train_s = state["step"], state["train_s"]
         if folder is not None:
             folder.write_run({**description, **self._circumstances(folder, step, lockstep)})
-            folder.start_metrics(step)
+            folder.start_metrics(step, donor if grown else None)
         if isinstance(stop_at, int) and stop_at <= step < self.config.steps:
             return {"status": "stopped", "id": description["id"], "step": step}
         reason = ""
@@ -237,6 +218,8 @@ class Trainer:
             if reason:
                 break
             stop = self._stops(step, stop_at)
+            if step == decay_start(self.config):
+                self._save(folder, step, train_s, description["id"], below=TRUNK)
             if stop or self._due(step, self.config.checkpoint_every):
                 self._save(folder, step, train_s, description["id"])
             if stop:
@@ -252,14 +235,15 @@ class Trainer:
         """See the module's docstring. Every trace is undone; random numbers are seeded per step."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
-        x, y = self._micro_batch(1, 0)
-        with OpCalls() as calls:
-            self._loss(self.model, x, y).backward()
+        calls = OpCalls()
+        self.show(calls)
         self.backends = dict(sorted(calls.backends.items()))
         self.executed_flops = None
         if calls.extra_flops is not None:
-            self.executed_flops = self.model_flops + calls.extra_flops * self.config.grad_accum
-        self.optimizer.zero_grad(set_to_none=True)
+            extra = calls.extra_flops + masked_flops(
+                self.model.config, self.seq_len, self.config.batch_size
+            )
+            self.executed_flops = self.model_flops + extra * self.config.grad_accum
         for _ in range(self.config.timing_warmup):
             self.step(1)
         with torch.no_grad():
@@ -267,26 +251,52 @@ class Trainer:
                 tensor.copy_(value)
         self.optimizer.state.clear()
 
-    def _resume(self, run_dir: Path, run_id: str, note: Callable[[str], None]) -> tuple[int, float]:
+    def show(self, calls: OpCalls) -> None:
+        """Lets `calls` see the ops of one micro-batch, forward and backward."""
+        x, y = self._micro_batch(1, 0)
+        with calls:
+            self._loss(self.model, x, y).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _resume(
+        self,
+        run_dir: Path,
+        description: dict[str, Any],
+        note: Callable[[str], None],
+        donor: Path | None,
+    ) -> tuple[dict[str, Any], bool]:
+        """Where to go on, and whether that is on the trunk of `donor`."""
+        model, optimizer = self.model, self.optimizer
         state = checkpoint.load(
-            run_dir / CHECKPOINTS, self.model, self.optimizer, run_id=run_id, note=note
+            run_dir / CHECKPOINTS, model, optimizer, run_id=description["id"], note=note
         )
+        grown = state is None and donor is not None
+        if grown:
+            state = grow(cast(Path, donor), description, model, optimizer, note=note)
         if state is None:
-            return 0, 0.0
+            return {"step": 0, "train_s": 0.0}, False
         found, here = (state["device"], state["dtype"]), (self.device.type, str(self.dtype))
         if found != here:
             raise ValueError(
                 f"run {run_dir} must go on with the device and dtype it began with, "
                 f"{' '.join(found)}, got {' '.join(here)}; set device and dtype"
             )
-        return state["step"], state["train_s"]
+        return state, grown
 
-    def _save(self, folder: RunDir | None, step: int, train_s: float, run_id: str) -> None:
+    def _save(
+        self,
+        folder: RunDir | None,
+        step: int,
+        train_s: float,
+        run_id: str,
+        *,
+        below: str = CHECKPOINTS,
+    ) -> None:
         if folder is not None:
             folder.sync_metrics()
             state = {"step": step, "train_s": train_s, "run_id": run_id}
             state |= {"device": self.device.type, "dtype": str(self.dtype)}
-            checkpoint.save(folder.checkpoints, self.model, self.optimizer, state)
+            checkpoint.save(folder.path / below, self.model, self.optimizer, state)
         self.group.barrier()
 
     def _timed_steps(self, first: int, last: int) -> tuple[float, float, float, str]:
@@ -356,6 +366,8 @@ class Trainer:
         config = self.config
         periods = (config.log_every, config.eval_every, config.checkpoint_every or config.steps)
         ends = [config.steps, *((step // period + 1) * period for period in periods)]
+        if (trunk := decay_start(config)) is not None and trunk > step:
+            ends.append(trunk)
         if isinstance(stop_at, int) and stop_at > step:
             ends.append(stop_at)
         return min(ends)

@@ -88,6 +88,13 @@ class TrainConfig:
         return cls(**values)
 
 
+def decay_start(config: TrainConfig) -> int | None:
+    """The last step of a wsd run at its full rate; None where the schedule has no such step."""
+    if config.schedule != "wsd":
+        return None
+    return max(config.steps - max(round(config.steps * config.decay_fraction), 1), 0)
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step 1..steps."""
     if step <= config.warmup_steps:
@@ -95,7 +102,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
-        decay_steps = max(round(config.steps * config.decay_fraction), 1)
+        decay_steps = config.steps - (decay_start(config) or 0)
         left = min((config.steps - step) / decay_steps, 1.0)
     else:
         done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)

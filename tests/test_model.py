@@ -25,6 +25,9 @@ CONFIGS = {
     "rope": change(position="rope", n_kv_head=2, qk_norm=True),
     "no positions": change(position="none", tied_head=False, final_norm="none"),
     "mqa, window": change(n_kv_head=1, window=5),
+    "native sparse": change(
+        attention="native_sparse", n_kv_head=2, select_block=4, select_count=3, sparse_window=5
+    ),
     "swiglu": change(mlp="swiglu"),
     "moe": change(mlp="moe", num_experts=4, balance="aux"),
     "moe bias": change(
@@ -240,7 +243,7 @@ def test_bf16_autocast(config):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["rope", "moe", "moe bias"])
+@pytest.mark.parametrize("name", ["rope", "native sparse", "moe", "moe bias"])
 def test_compiles_in_one_graph(name):
     torch._dynamo.reset()
     config = dataclasses.replace(CONFIGS[name], norm="rms_norm", n_layer=1)
@@ -312,6 +315,7 @@ def test_bad_input_is_refused():
         model(tokens(), tokens()[:, 1:])
 
 
+SPARSE = {"attention": "native_sparse"}
 BAD_CONFIGS = [
     ({"n_head": 5}, ValueError, "n_head must divide d_model, got n_head 5 and d_model 32"),
     ({"n_kv_head": 3}, ValueError, "n_kv_head must divide n_head, got n_kv_head 3 and n_head 4"),
@@ -330,6 +334,32 @@ BAD_CONFIGS = [
     ({"mlp": "moe", "balance": "x"}, ValueError, "balance must be one of none, aux, bias"),
     ({"mlp": "moe", "expert": "x"}, ValueError, "expert must be one of gelu, swiglu"),
     ({"arch": "rnn"}, ValueError, "arch must be one of gpt, lstm, got 'rnn'"),
+    (
+        {"attention": "linear"},
+        ValueError,
+        "attention must be one of full, native_sparse, got 'linear'",
+    ),
+    (
+        {"select_count": 4},
+        ValueError,
+        r"select_count must be 6 with attention 'full' \(it has no use for it\), got 4",
+    ),
+    (
+        {"arch": "lstm", "position": "none", "sparse_window": 8},
+        ValueError,
+        "sparse_window must be 32 with arch 'lstm'",
+    ),
+    (
+        {"arch": "lstm", "position": "none", "attention": "native_sparse"},
+        ValueError,
+        "attention must be 'full' with arch 'lstm'",
+    ),
+    ({**SPARSE, "window": 8}, ValueError, "window must be None with attention 'native_sparse'"),
+    ({**SPARSE, "compress_stride": 3}, ValueError, "must divide compress_block, got 3 and 8"),
+    ({**SPARSE, "select_block": 6}, ValueError, "must divide select_block, got 4 and 6"),
+    ({**SPARSE, "compress_block": 28}, ValueError, "at most seq_len .* got 28 and 24"),
+    ({**SPARSE, "select_count": 2}, ValueError, "select_count must be at least 3 .* got 2"),
+    ({**SPARSE, "compress_block": 0}, ValueError, "compress_block must be at least 1, got 0"),
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),
     ({"n_layer": 0}, ValueError, "n_layer must be at least 1, got 0"),
     ({"d_model": 32.0}, TypeError, "d_model must be an int, got 32.0"),

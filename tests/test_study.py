@@ -25,9 +25,11 @@ from ceg_model.study.innovations import (
     kernel_ops,
     train_changes,
 )
-from ceg_model.study.plan import PLANS, Plan, Scale, backends_of, model_config, plan_named, runs
+from ceg_model.study.plan import Plan, Scale, backends_of, model_config
+from ceg_model.study.plans import PLANS, plan_named
 from ceg_model.study.report import write_report
-from ceg_model.study.runner import our_kernels, planned, run_study
+from ceg_model.study.runner import our_kernels, run_study
+from ceg_model.study.schedule import schedule
 from ceg_model.study.store import FIRST_FAILURE, Store
 from ceg_model.study.throughput import variants
 
@@ -116,9 +118,10 @@ def test_algorithm_arms_run_on_the_references_and_kernel_arms_say_what_ran():
     assert backends_of("flash_attention", {"attention": None})["attention"] == "torch"
 
 
-def test_nano_is_the_design_of_the_issue():
+def test_nano_holds_its_arms_in_lockstep_at_a_constant_rate():
     nano = PLANS["nano"]
-    specs = list(runs(nano, {}, 256))
+    found = schedule(nano, {}, data_hash="", vocab_size=256, index={})
+    specs = list(found.runs.values())
     assert len(specs) == 42
     assert [s.arm for s in specs[:7]] == list(nano.arms)  # neighbours in time
     assert len({(s.scale, s.seed) for s in specs[:7]}) == 1
@@ -133,7 +136,7 @@ def test_plan_round_trip_and_errors():
         Plan("x", ("rope",), PLAN.scales, (0,))
     with pytest.raises(ValueError, match="seeds must be there and differ"):
         Plan("x", ("baseline",), PLAN.scales, (0, 0))
-    with pytest.raises(ValueError, match="PLAN must be one of nano, precision, smoke, got 'x'"):
+    with pytest.raises(ValueError, match=r"PLAN must be one of cpu-ladder, .*smoke.* got 'x'"):
         plan_named("x")
 
 
@@ -235,7 +238,7 @@ def test_failed_run_is_tried_twice_and_reported(tmp_path, tokens):
     assert any("trying once more" in n for n in notes)
     assert any("failed twice" in n for n in notes)
     store = Store(tmp_path / "s")
-    run, _ = planned(plan, our_kernels("cpu"), data.TokenData(tokens))[0]
+    run = next(store.runs.iterdir()).name
     assert (store.path(run) / FIRST_FAILURE).exists()
     again = run_study(plan, tmp_path / "s", tokens)
     assert len(again.failed) == 1

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ceg_kernels.measure.clock import time_interleaved
 from ceg_kernels.measure.table import case, seconds
+from ceg_kernels.op import OPS
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+COPIES = 4  # of a call's tensors, in turn: a step does not find them in a near cache either
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,39 @@ class Step:
     tokens: int
     extra_flops: int | None  # executed minus model FLOPs; None where a backend does not say
     predicted_s: float | None  # from the kernels' own times; None where nothing is predicted
+
+
+def call_times(
+    arguments: Mapping[tuple, tuple],
+    backends: Mapping[tuple, Iterable[str]],
+    *,
+    device: str = "cpu",
+    beside: Mapping[str, Callable[[], Any]] | None = None,
+    min_time_s: float = 0.1,
+) -> tuple[dict[tuple[tuple, str], float], dict[str, float]]:
+    """Median seconds of (call, backend) on its own arguments, and of what is timed `beside` them.
+
+    arguments: call -> the op's arguments; a call is a tuple that begins with the op's name.
+    backends: call -> the names to time it on. All are timed in turn, in one run of the clock.
+    """
+    beside, copies = beside or {}, COPIES if device == "cpu" else 1  # the GPU's cache is flushed
+    names: dict[str, tuple[tuple, str]] = {}
+    timed: dict[str, Any] = dict(beside)
+    for number, (call, args) in enumerate(arguments.items()):
+        turns = [_copy(args) for _ in range(copies)]
+        for backend in backends[call]:
+            run = OPS[call[0]].backend(backend).run
+            names[f"{number} {backend}"] = call, backend
+            timed[f"{number} {backend}"] = [lambda r=run, a=a: r(*a) for a in turns]
+    timings = time_interleaved(timed, device=device, min_time_s=min_time_s, max_time_s=1.0)
+    return (
+        {pair: timings[name].median_s for name, pair in names.items()},
+        {name: timings[name].median_s for name in beside},
+    )
+
+
+def _copy(args: tuple) -> tuple:
+    return tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def step_extras(row: dict[str, Any], step: Step) -> None:

@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 
 from ceg_model.data import TokenData
-from ceg_model.flops import model_flops
 from ceg_model.rundir import read_json
-from ceg_model.study import stats
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Curve, Key
 from ceg_model.study.estimate import estimate
+from ceg_model.study.hardware import rates, split
 from ceg_model.study.innovations import INNOVATIONS, is_same_maths, kernel_ops
-from ceg_model.study.lockstep import rate_gains
-from ceg_model.study.plan import Plan, RunSpec
-from ceg_model.study.runner import planned
+from ceg_model.study.plan import Plan
+from ceg_model.study.schedule import Index, Schedule, Tuning, schedule
 from ceg_model.study.store import FIRST_FAILURE, Store
 
 BENCH, ROOFS = "bench.json", "roofs.json"
@@ -31,8 +29,17 @@ def collect(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"DIR must be a study's folder, got {folder}, which has no study.json")
     plan = Plan.from_dict(study["plan"])
     data = TokenData(study["data_dir"], verify=False)
-    specs = planned(plan, study["ours"], data)
     index = store.index()
+    found = schedule(
+        plan,
+        study["ours"],
+        data_hash=data.hash,
+        vocab_size=data.vocab_size,
+        index=index,
+        failed_for_good=store.failed_twice,
+    )
+    specs = list(found.finals().items())
+    left_out = _unbalanced(plan, found, index)
     curves: list[Curve] = []
     failed = []
     clocks = store.clocks(run for run, _ in specs if index.get(run, {}).get("status") == "done")
@@ -41,29 +48,37 @@ def collect(folder: str | Path) -> dict[str, Any]:
         if result["status"] == "failed":
             again = (store.path(run) / FIRST_FAILURE).exists()
             failed.append(
-                {"arm": spec.arm, "scale": spec.scale, "seed": spec.seed}
+                {"arm": spec.arm, "scale": spec.scale, "seed": spec.seed, "budget": spec.budget}
                 | {"reason": result["reason"] + (" (twice)" if again else "")}
             )
-        elif result["status"] == "done":
-            key = Key(spec.arm, spec.scale, str(spec.seed))
+        elif result["status"] == "done" and (spec.scale, spec.seed) not in left_out:
+            budget = f"{spec.budget:g}" if len(plan.budgets) > 1 else ""
+            key = Key(spec.arm, spec.scale, str(spec.seed), budget)
             curve = store.curve(run, key, clocks.get(run))
             curves += [curve] if curve is not None else []
     order = {scale.name: i for i, scale in enumerate(plan.scales)}
-    curves.sort(key=lambda c: (order[c.key.scale], plan.arms.index(c.key.arm), c.key.seed))
+    curves.sort(
+        key=lambda c: (
+            order[c.key.scale], plan.arms.index(c.key.arm), c.key.seed, float(c.key.budget or 1)
+        )
+    )  # fmt: skip
     if not any(c.key.arm == plan.baseline for c in curves):
         raise ValueError(f"{folder} must hold a finished run of the baseline, got none yet")
     timings = {s.name: t for s in plan.scales if (t := store.throughput(s.name)) is not None}
     roofs = read_json(store.folder / ROOFS)
-    hardware = _hardware(plan, timings, _rates(plan, specs, clocks))
+    hardware = split(plan, timings, rates(plan, specs, clocks, study["ours"]), roofs)
     answer = estimate(curves, _options(plan, hardware, roofs))
     _mark_other_kernels(answer, study["ours"])
-    done = sum(r["status"] == "done" for r in index.values())
+    planned = {**found.pending, **found.runs}
+    done = sum(index.get(run, {}).get("status") == "done" for run in planned)
     return {
         "title": f"The {plan.name} study",
         "subtitle": _subtitle(plan),
         "chips": _chips(plan, study),
         "titles": {arm: INNOVATIONS[arm].title for arm in plan.arms},
-        "complete": {"planned": len(specs), "done": done, "failed": failed},
+        "complete": {"planned": len(planned), "done": done, "failed": failed},
+        "left_out": [{"scale": scale, "seed": seed} for scale, seed in sorted(left_out)],
+        "sweeps": [_sweep(tuning) for tuning in found.tunings],
         "plan": study["plan"],
         "estimate": answer,
         "hardware": hardware,
@@ -73,6 +88,37 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "roofs": roofs,
         "limits": _limits(plan, answer, study["ours"]),
         "provenance": _provenance(plan, study, data, curves),
+    }
+
+
+def _unbalanced(plan: Plan, found: Schedule, index: Index) -> set[tuple[str, int]]:
+    """(scale, seed) in which an arm has runs to come: all arms are compared on the same seeds.
+
+    Nothing is left out while no scale has a seed that is whole: then the report is a preview.
+    """
+    if len(plan.budgets) == 1:
+        return set()
+    blocks: dict[tuple[str, int], bool] = {}
+    for run, spec in [*found.finals().items(), *found.pending.items()]:
+        over = index.get(run, {}).get("status") in ("done", "failed")
+        block = (spec.scale, spec.seed)
+        blocks[block] = blocks.get(block, True) and over
+    whole = {block for block, over in blocks.items() if over}
+    return set(blocks) - whole if whole else set()
+
+
+def _sweep(tuning: Tuning) -> dict[str, Any]:
+    """One arm's sweep at one scale; a loss of None is a run that failed."""
+    points = sorted(tuning.losses.items())
+    return {
+        "scale": tuning.scale,
+        "arm": tuning.arm,
+        "budget": f"{tuning.budget:g}",
+        "seed": str(tuning.seed),
+        "points": [{"lr": lr, "loss": None if np.isinf(x) else x} for lr, x in points],
+        "best_lr": tuning.choice.best,
+        "inside": tuning.choice.inside,
+        "reason": tuning.choice.reason or "the sweep goes on",
     }
 
 
@@ -87,53 +133,8 @@ def _options(plan: Plan, hardware: dict[str, Any], roofs: dict[str, Any] | None)
             scale: {arm: gains["against_reference"] for arm, gains in arms.items()}
             for scale, arms in hardware.items()
         },
-        untuned=not plan.tuned,
+        untuned=plan.sweep is None,
     )
-
-
-def _rates(
-    plan: Plan, specs: list[tuple[str, RunSpec]], clocks: dict[str, list[float]]
-) -> dict[tuple[str, str], stats.Interval]:
-    """(scale, arm) -> ln of F_v / F_b over whole runs in lockstep, all seeds together."""
-    place = {(s.scale, s.seed, s.arm): (run, s) for run, s in specs if run in clocks}
-    logs: dict[tuple[str, str], list[np.ndarray]] = {}
-    for (scale, seed, arm), (run, spec) in place.items():
-        base, base_spec = place.get((scale, seed, plan.baseline), (None, spec))
-        if base is not None:
-            work = _flops_per_step(spec) / _flops_per_step(base_spec)
-            gains = rate_gains(np.array(clocks[base]), np.array(clocks[run]))
-            logs.setdefault((scale, arm), []).append(gains + np.log(work))
-    found = {key: stats.paired_interval(np.concatenate(parts)) for key, parts in logs.items()}
-    return {key: interval for key, interval in found.items() if interval is not None}
-
-
-def _flops_per_step(spec: RunSpec) -> int:
-    return model_flops(spec.model, batch=spec.train.batch_size * spec.train.grad_accum).total
-
-
-def _hardware(
-    plan: Plan, timings: dict[str, Any], rates: dict[tuple[str, str], stats.Interval]
-) -> dict[str, Any]:
-    """Scale -> arm -> G_hw: from runs in lockstep where there are any, else from the benchmark."""
-    out: dict[str, Any] = {}
-    for scale in plan.scales:
-        timed = timings.get(scale.name, {"arms": {}})["arms"]
-        arms: dict[str, Any] = {}
-        for arm in plan.arms:
-            rate, row = rates.get((scale.name, arm)), timed.get(arm)
-            if rate is None and row is None:
-                continue
-            bench = row["against_reference"]["gain"] if row else None
-            arms[arm] = {
-                "against_reference": float(np.exp(rate.mean)) if rate else bench,
-                "ci": list(rate.ratio) if rate else None,
-                "source": "runs in lockstep" if rate else "throughput benchmark",
-                "benchmark": bench,
-                "against_torch": row["against_torch"]["gain"] if row else None,
-            }
-        if arms:
-            out[scale.name] = arms
-    return out
 
 
 def _mark_other_kernels(answer: dict[str, Any], ours: dict[str, str | None]) -> None:
@@ -149,6 +150,8 @@ def _curve(curve: Curve) -> dict[str, Any]:
         "arm": curve.key.arm,
         "scale": curve.key.scale,
         "seed": curve.key.seed,
+        "budget": curve.key.budget,
+        "lr": None if curve.lr is None else float(curve.lr.max()),
         "flops": curve.flops.tolist(),
         "loss": curve.loss.tolist(),
         "seconds": curve.seconds.tolist(),
@@ -176,7 +179,7 @@ def _chips(plan: Plan, study: dict[str, Any]) -> list[str]:
 
 def _limits(plan: Plan, answer: dict[str, Any], ours: dict[str, str | None]) -> list[str]:
     lines = [plan.note[:1].upper() + plan.note[1:] + "."] if plan.note else []
-    if not plan.tuned:
+    if plan.sweep is None:
         lines.append(
             "No learning rate was swept: every arm runs at the baseline's. An arm that would train "
             "better at another rate is worth more than is said here."

@@ -25,7 +25,8 @@ def _add_study(subparsers: Any) -> None:
     run.add_argument(
         "plan",
         metavar="PLAN",
-        help="nano (minutes on two cores), precision (is bf16 free?), smoke (seconds)",
+        help="nano (minutes on two cores), cpu-ladder (hours on two cores), precision (is bf16 "
+        "free?), smoke (seconds), h200-ladder, paper-compact, paper-full (GPUs)",
     )
     run.add_argument("--out", required=True, metavar="DIR", help="the study's folder")
     run.add_argument("--data", metavar="DIR", help=f"token shards (default: {DATA}, built in)")
@@ -89,18 +90,20 @@ def _add_demo(subparsers: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from ceg_model import data
     from ceg_model.progress import Progress
-    from ceg_model.study.plan import plan_named
+    from ceg_model.study.plans import plan_named
     from ceg_model.study.runner import describe, run_study
 
     plan = plan_named(arguments.plan)
+    folder = arguments.data or f"data/{dict(plan.data).get('hf', DATA).rpartition('/')[2]}"
     if arguments.data is None:
-        data.prepare(data.Request(), DATA)
+        with Progress("data") as progress:
+            data.prepare(data.Request(**plan.data), folder, progress)
     start = time.monotonic()
     with Progress(f"study {plan.name}") as progress:
         summary = run_study(
             plan,
             arguments.out,
-            arguments.data or DATA,
+            folder,
             budget_minutes=arguments.budget_minutes,
             progress=progress,
             note=progress.note,

@@ -15,7 +15,7 @@ from typing import Any
 from ceg_model.progress import Progress, duration
 from ceg_model.rundir import read_json, write_json
 from ceg_model.study.collect import BENCH, ROOFS, collect
-from ceg_model.study.plan import plan_named
+from ceg_model.study.plans import plan_named
 from ceg_model.study.report import write_report
 from ceg_model.study.runner import Summary, describe, run_study
 

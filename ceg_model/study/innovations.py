@@ -140,6 +140,16 @@ _ENTRIES = (
         relative={"window": ("seq_len", 0.25)},
         note="the simplest sparse pattern; the paper's v2 runs native sparse attention",
     ),
+    Innovation(
+        "native_sparse",
+        "Native sparse attention",
+        "algorithm",
+        config={"attention": "native_sparse"},
+        paper_class=DEPENDENT,
+        published=(_v2(0.515, 0.964), _literature("4.84x", "as cited there")),
+        note="keys and values of its own for each of three branches, and short contexts that leave "
+        "little to skip: it can cost more FLOPs a token than full attention",
+    ),
     Innovation("qk_norm", "QK-norm", "algorithm", config={"qk_norm": True}),
     Innovation("bf16", "bf16 autocast", "precision", train={"dtype": "bfloat16"}),
 )

@@ -1,9 +1,12 @@
-"""A plan: arms x scales x seeds, and how each run is trained. Frozen; written to study.json."""
+"""A plan: arms x scales x budgets x seeds, and how each run is trained. Frozen; in study.json.
+
+The plans themselves are in plans.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ceg_kernels import OPS
@@ -12,9 +15,11 @@ from ceg_model.study.innovations import (
     BASELINE,
     config_changes,
     innovation,
+    is_same_maths,
     kernel_ops,
     train_changes,
 )
+from ceg_model.study.sweep import Sweep
 from ceg_model.train_config import TrainConfig
 
 STOCK = ("torch", "reference")  # backends that are not ours
@@ -36,7 +41,13 @@ class Plan:
     scales: tuple[Scale, ...]
     seeds: tuple[int, ...]
     train: Mapping[str, Any] = field(default_factory=dict)
-    tuned: bool = False  # learning rate swept per arm and scale
+    # Parts of a scale's steps, rising to 1: each is a run with a complete schedule. Those of an
+    # arm and seed grow on one trunk (trunk.py).
+    budgets: tuple[float, ...] = (1.0,)
+    sweep: Sweep | None = None  # None: every arm at its scale's rate
+    # Arms other than the baseline train on our kernels throughout. What a run costs in FLOPs does
+    # not depend on it, and G_hw comes from the timed segments, where each arm has its own.
+    fast_curves: bool = False
     timing_rounds: int = 9  # of the throughput benchmark at least, a few steps of all in each
     timing_seconds: float = 10.0  # more rounds until this long
     workers: int = 2
@@ -44,6 +55,7 @@ class Plan:
     # The arms of a scale and seed take their rows in turn, in one worker: see lockstep.py. All of
     # them are in memory together, so it is for models that fit.
     lockstep: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict)  # a data.Request; none: the built-in
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -58,10 +70,29 @@ class Plan:
         ):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{what} must be there and differ, got {values}")
+        if list(self.budgets) != sorted(set(self.budgets)) or not 0 < self.budgets[0] <= 1:
+            raise ValueError(f"budgets must rise from above 0 to 1, got {self.budgets}")
+        if self.budgets[-1] != 1:
+            raise ValueError(f"budgets must end with 1, got {self.budgets}")
+        if self.sweep is not None and self.sweep.budget not in self.budgets:
+            raise ValueError(
+                f"the sweep's budget must be one of {self.budgets}, got {self.sweep.budget}"
+            )
+        if self.lockstep and (self.sweep is not None or len(self.budgets) > 1):
+            raise ValueError("lockstep must be False with a sweep or several budgets, got True")
 
     @property
     def baseline(self) -> str:
         return self.arms[0]
+
+    def rates(self, scale: Scale) -> tuple[float, ...]:
+        """The learning rates that an arm tries first at `scale`."""
+        own = train_config(self, self.baseline, scale, self.seeds[0]).lr
+        return tuple(factor * own for factor in self.sweep.factors) if self.sweep else (own,)
+
+    def tunes(self, arm: str) -> bool:
+        """Whether the arm has a sweep of its own; a kernel takes over the baseline's rate."""
+        return self.sweep is not None and (arm == self.baseline or not is_same_maths(arm))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,19 +104,27 @@ class Plan:
         if unknown:
             raise ValueError(f"Plan has no field {', '.join(unknown)}; its fields: {known}")
         scales = tuple(Scale(**scale) for scale in values["scales"])
-        tuples = {"arms": tuple(values["arms"]), "seeds": tuple(values["seeds"])}
-        return cls(**{**values, **tuples, "scales": scales})
+        tuples = {key: tuple(values[key]) for key in ("arms", "seeds", "budgets") if key in values}
+        if (sweep := values.get("sweep")) is not None:
+            sweep = Sweep(**{**sweep, "factors": tuple(sweep["factors"])})
+        return cls(**{**values, **tuples, "scales": scales, "sweep": sweep})
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run of a plan."""
+    """One run of a plan; `sweep` where it only helps to choose a rate.
+
+    `donor` is the id of the run of the next smaller budget, on whose trunk it grows ("": none).
+    """
 
     arm: str
     scale: str
     seed: int
     model: GPTConfig
     train: TrainConfig
+    budget: float = 1.0
+    sweep: bool = False
+    donor: str = ""
 
 
 def our_backend(op: str, dtype: Any, device: str) -> str | None:
@@ -109,100 +148,50 @@ def backends_of(arm: str, ours: Mapping[str, str | None]) -> dict[str, str]:
     return chosen
 
 
+def trained_backends(plan: Plan, arm: str, ours: Mapping[str, str | None]) -> dict[str, str]:
+    """The backends with which the arm's curves are trained: its own, or all of ours."""
+    own = backends_of(arm, ours)
+    if not plan.fast_curves or is_same_maths(arm):
+        return own
+    return {op: ours.get(op) or name for op, name in own.items()}
+
+
 def model_config(arm: str, scale: Scale, vocab_size: int) -> GPTConfig:
     base = {**BASELINE, "vocab_size": vocab_size, **scale.model}
     return GPTConfig.from_dict({**base, **config_changes(arm, base)})
 
 
 def train_config(
-    plan: Plan, arm: str, scale: Scale, seed: int, backend: Mapping[str, str] | None = None
+    plan: Plan,
+    arm: str,
+    scale: Scale,
+    seed: int,
+    backend: Mapping[str, str] | None = None,
+    *,
+    budget: float = 1.0,
+    lr: float | None = None,
 ) -> TrainConfig:
     fields = {**plan.train, **scale.train, **train_changes(arm), "seed": seed, "backend": backend}
-    return TrainConfig.from_dict(fields)
+    if lr is not None:
+        fields["lr"] = lr
+    config = TrainConfig.from_dict(fields)
+    return replace(config, steps=max(round(budget * config.steps), 1))
 
 
-def runs(plan: Plan, ours: Mapping[str, str | None], vocab_size: int) -> Iterator[RunSpec]:
-    """All runs, longest first; the arms of one scale and seed are neighbours.
-
-    So the last runs to finish are short, and whatever drifts on the machine hits all arms alike.
-    """
-    for scale in reversed(plan.scales):
-        for seed in plan.seeds:
-            for arm in plan.arms:
-                train = train_config(plan, arm, scale, seed, backends_of(arm, ours))
-                yield RunSpec(arm, scale.name, seed, model_config(arm, scale, vocab_size), train)
-
-
-def _scale(name: str, *, layers: int, width: int, heads: int, length: int, **train: Any) -> Scale:
-    model = {"n_layer": layers, "d_model": width, "n_head": heads, "seq_len": length}
-    return Scale(name, model, train)
-
-
-_PAPER_ARMS = ("baseline", "layer_norm", "rope", "flash_attention", "ln_rope_fa", "mqa", "moe")
-# A constant rate after a short warm-up, so that a crossing inside a run is not confounded by decay;
-# fp32, so that a kernel and its eager twin differ by rounding only.
-_TRAIN = {
-    "schedule": "constant",
-    "lr": 2e-3,
-    "warmup_steps": 30,
-    "dtype": "float32",
-    "checkpoint_every": 100,
-    "log_every": 1,  # in lockstep a turn is a row
-}
-
-# 11x compute from S to L. Every evaluation reads 6 to 8 thousand tokens: the luck of a small
-# evaluation set shifts a gain in all seeds alike, so no interval over seeds shows it. The rate
-# of L comes from a few trials: without norms, twice this rate parts two seeds by 0.06 nats, four
-# times leaves one of them stuck. S is at the usual rate and M between; no rate was swept.
-_NANO = (
-    _scale("S", layers=2, width=32, heads=2, length=128, batch_size=4, lr=2e-3,
-           steps=280, eval_every=12, eval_batches=12),
-    _scale("M", layers=2, width=48, heads=3, length=128, batch_size=6, lr=1.4e-3,
-           steps=350, eval_every=14, eval_batches=10),
-    _scale("L", layers=2, width=64, heads=4, length=128, batch_size=8, lr=1e-3,
-           steps=480, eval_every=16, eval_batches=8),
-)  # fmt: skip
-
-PLANS = {
-    plan.name: plan
-    for plan in (
-        Plan(
-            "nano",
-            _PAPER_ARMS,
-            _NANO,
-            seeds=(0, 1),
-            train=_TRAIN,
-            lockstep=True,
-            note="the demo: minutes on two cores",
-        ),
-        Plan(
-            "precision",
-            ("baseline", "bf16"),
-            _NANO,
-            seeds=(0, 1, 2, 3, 4),
-            train=_TRAIN,
-            lockstep=True,
-            note="whether bf16 autocast costs compute: why it may be a default",
-        ),
-        Plan(
-            "smoke",
-            ("baseline", "layer_norm", "flash_attention"),
-            (
-                _scale("S", layers=1, width=32, heads=2, length=64, steps=40, batch_size=8),
-                _scale("M", layers=2, width=32, heads=2, length=64, steps=60, batch_size=8),
-            ),
-            seeds=(0, 1),
-            train={**_TRAIN, "warmup_steps": 5, "eval_every": 3, "eval_batches": 2},
-            lockstep=True,
-            timing_rounds=5,
-            timing_seconds=1.0,
-            note="proves that everything runs; its numbers mean nothing",
-        ),
-    )
-}
-
-
-def plan_named(name: str) -> Plan:
-    if name not in PLANS:
-        raise ValueError(f"PLAN must be one of {', '.join(PLANS)}, got {name!r}")
-    return PLANS[name]
+def run_spec(
+    plan: Plan,
+    arm: str,
+    scale: Scale,
+    seed: int,
+    *,
+    ours: Mapping[str, str | None],
+    vocab_size: int,
+    budget: float = 1.0,
+    lr: float | None = None,
+    sweep: bool = False,
+    donor: str = "",
+) -> RunSpec:
+    backend = trained_backends(plan, arm, ours)
+    train = train_config(plan, arm, scale, seed, backend, budget=budget, lr=lr)
+    model = model_config(arm, scale, vocab_size)
+    return RunSpec(arm, scale.name, seed, model, train, budget, sweep, donor)

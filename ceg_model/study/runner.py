@@ -11,7 +11,6 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -23,12 +22,14 @@ import torch
 from ceg_kernels import OPS
 from ceg_model import environment
 from ceg_model.data import TokenData
+from ceg_model.device import resolve_device
 from ceg_model.flops import model_flops
 from ceg_model.progress import ProgressFn, duration
-from ceg_model.study.plan import Plan, RunSpec, our_backend, runs
+from ceg_model.study.plan import Plan, RunSpec, our_backend
+from ceg_model.study.schedule import schedule
 from ceg_model.study.store import Store
 from ceg_model.study.worker import Job, TimingJob, TrainJob, work
-from ceg_model.train import resolve_device, run_id
+from ceg_model.train_config import decay_start
 
 STOP_PATIENCE_S = 20.0
 BAR = 1000  # the bar counts thousandths of the work, weighted by FLOPs
@@ -59,16 +60,6 @@ def our_kernels(device: str) -> dict[str, str | None]:
     return {name: our_backend(name, torch.float32, device) for name in forward}
 
 
-def planned(
-    plan: Plan, ours: Mapping[str, str | None], data: TokenData
-) -> list[tuple[str, RunSpec]]:
-    """(run id, spec) of every run of the plan, in the order in which they run."""
-    return [
-        (run_id(spec.model, spec.train, data.hash), spec)
-        for spec in runs(plan, ours, data.vocab_size)
-    ]
-
-
 def run_study(
     plan: Plan,
     out: str | Path,
@@ -92,11 +83,19 @@ def run_study(
         }
         # Lists and tuples are one after JSON.
         store.begin(_plain(study))
-        specs = planned(plan, ours, data)
         deadline = None if budget_minutes is None else time.time() + 60 * budget_minutes
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        pool = _Pool(plan, store, specs, gpus=gpus, deadline=deadline, progress=progress, note=note)
-        pool.enqueue(ours, str(data_dir))
+        pool = _Pool(
+            plan,
+            store,
+            str(data_dir),
+            ours,
+            gpus=gpus,
+            deadline=deadline,
+            progress=progress,
+            note=note,
+        )
+        pool.begin()
         return pool.run()
 
 
@@ -115,50 +114,76 @@ class _Pool:
         self,
         plan: Plan,
         store: Store,
-        specs: list[tuple[str, RunSpec]],
+        data_dir: str,
+        ours: Mapping[str, str | None],
         *,
         gpus: int,
         deadline: float | None,
         progress: ProgressFn,
         note: Callable[[str], None],
     ):
-        self.plan, self.store, self.specs, self.gpus = plan, store, specs, gpus
-        self.deadline, self.progress, self.note = deadline, progress, note
+        self.plan, self.store, self.data_dir, self.ours = plan, store, data_dir, dict(ours)
+        self.gpus, self.deadline, self.progress, self.note = gpus, deadline, progress, note
         self.context = multiprocessing.get_context("spawn")
         self.stop = self.context.Event()
-        self.queue: deque[Job] = deque()
-        self.weights = {i: _weight(spec) for i, spec in specs}
-        self.timing_weight = 0.5 * max(self.weights.values())
-        self.left = 0.0
-        self.total = 0.0
-        self.summary = Summary(len(specs), 0)
+        self.queue: list[Job] = []
+        self.index = store.index()
+        self.order: dict[str, int] = {}
+        self.weights: dict[str, float] = {}
+        self.known: set[str] = set()  # runs that are queued, running or over
+        self.summary = Summary(0, 0)
+        self.timings = 0  # that this call has to do
+        self.timing_weight = 0.0
         self.workers: list[_Worker] = []
         self.tried: set[str] = set()
 
-    def enqueue(self, ours: Mapping[str, str | None], data_dir: str) -> None:
-        """Timings first, while all workers are busy; then the runs that are not done."""
+    def begin(self) -> None:
+        """Timings first; then the runs that are not done."""
         for scale in reversed(self.plan.scales):
             if self.store.throughput(scale.name) is None:
-                self.queue.append(TimingJob(self.plan, scale, dict(ours), data_dir))
-        index = self.store.index()
+                self.queue.append(TimingJob(self.plan, scale, self.ours, self.data_dir))
+        self.timings = len(self.queue)
+        self._plan_runs()
+
+    def _plan_runs(self) -> None:
+        """Queues the runs that the results so far ask for; called again when a sweep's run ends."""
+        data = TokenData(self.data_dir, verify=False)
+        found = schedule(
+            self.plan,
+            self.ours,
+            data_hash=data.hash,
+            vocab_size=data.vocab_size,
+            index=self.index,
+            failed_for_good=self.store.failed_twice,
+        )
+        self.order = {run: place for place, run in enumerate(found.runs)}
+        expected = {**found.pending, **found.runs}
+        self.weights = {run: _weight(spec, expected) for run, spec in expected.items()}
+        self.timing_weight = 0.5 * max(self.weights.values())
+        self.summary.planned = len(expected)
         groups: dict[Any, dict[str, RunSpec]] = {}
-        members: dict[Any, list[str]] = {}  # of each group, whether or not they are done
-        for run, spec in self.specs:
-            group = (spec.scale, spec.seed) if self.plan.lockstep else run
-            members.setdefault(group, []).append(run)
-            result = index.get(run, {"status": "unfinished"})
+        for run, spec in found.runs.items():
+            if run in self.known:
+                continue
+            self.known.add(run)
+            result = self.index.get(run, {"status": "unfinished"})
             if result["status"] == "done":
                 self.summary.done += 1
             elif result["status"] == "failed" and not self.store.set_aside_failure(run):
                 self.summary.failed.append((spec, result["reason"]))
             else:
-                groups.setdefault(group, {})[run] = spec
-        for group, specs in groups.items():
-            # Not the name of those that are left: a kill must not part a group's clocks.
-            name = "-".join(members[group]) if len(members[group]) > 1 else None
-            self.queue.append(TrainJob(specs, str(self.store.runs), data_dir, name))
-        self.total = sum(self.weights.values()) + len(self.plan.scales) * self.timing_weight
-        self.left = sum(map(self._job_weight, self.queue))
+                groups.setdefault(_group(self.plan, run, spec), {})[run] = spec
+        folder = str(self.store.runs)
+        for specs in groups.values():
+            name = _together(self.plan, specs, found.runs)
+            self.queue.append(TrainJob(specs, folder, self.data_dir, name))
+        self.queue.sort(key=self._turn)
+
+    def _is_over(self, run: str) -> bool:
+        return self.index.get(run, {}).get("status") in ("done", "failed")
+
+    def _turn(self, job: Job) -> int:
+        return -1 if isinstance(job, TimingJob) else min(self.order[run] for run in job.specs)
 
     def run(self) -> Summary:
         if not self.queue:
@@ -193,9 +218,16 @@ class _Pool:
             self.summary.stopped = self.summary.stopped or bool(self.queue)
             self.queue.clear()
         for worker in self.workers:
-            if worker.job is None and self.queue:
-                worker.job, worker.share, worker.ended = self.queue.popleft(), 0.0, set()
+            if worker.job is None and self.queue and self._may_start(self.queue[0]):
+                worker.job, worker.share, worker.ended = self.queue.pop(0), 0.0, set()
                 worker.pipe.send(worker.job)
+
+    def _may_start(self, job: Job) -> bool:
+        """Where G_hw rests on the timed segments alone, nothing else runs beside them."""
+        busy = [w.job for w in self.workers if w.job is not None]
+        if not self.plan.fast_curves or not busy:
+            return True
+        return not isinstance(job, TimingJob) and not any(isinstance(j, TimingJob) for j in busy)
 
     def _listen(self) -> None:
         ready = wait([w.pipe for w in self.workers if w.job is not None], timeout=1.0)
@@ -217,6 +249,7 @@ class _Pool:
         """A run is over; its job may have others that go on."""
         assert isinstance(worker.job, TrainJob)
         worker.ended.add(run)
+        self.index[run] = result
         if result["status"] == "done":
             self.summary.done += 1
         elif result["status"] == "stopped":
@@ -225,11 +258,12 @@ class _Pool:
             specs = {run: worker.job.specs[run]}
             alone = dataclasses.replace(worker.job, specs=specs, lockstep=None)
             self._retry(alone, result["reason"])
+        if worker.job.specs[run].sweep and self._is_over(run):
+            self._plan_runs()
 
     def _done(self, worker: _Worker, timing: dict[str, Any] | None) -> None:
         job, worker.job = worker.job, None
         assert job is not None
-        self.left -= self._job_weight(job)
         if isinstance(job, TimingJob) and timing is not None:
             if timing.get("status") == "failed":
                 self._retry(job, timing["reason"])
@@ -244,8 +278,9 @@ class _Pool:
             again = again and all(free)
         self.tried.add(name)
         if again:
+            if isinstance(job, TrainJob):
+                self.index.update({run: {"status": "unfinished"} for run in job.specs})
             self.note(f"{name} failed ({reason}); trying once more")
-            self.left += self._job_weight(job)
             self.queue.append(job)
             return
         self.note(f"{name} failed twice: {reason}")
@@ -260,7 +295,6 @@ class _Pool:
         self.workers[place] = self._start(place)
         job = worker.job
         assert job is not None
-        self.left -= self._job_weight(job)
         if isinstance(job, TrainJob):
             rest = {run: spec for run, spec in job.specs.items() if run not in worker.ended}
             if not rest:  # it died between its last result and saying so
@@ -295,31 +329,59 @@ class _Pool:
                 worker.process.join()
             worker.pipe.close()
 
-    def _job_weight(self, job: Job) -> float:
-        if isinstance(job, TimingJob):
-            return self.timing_weight
-        return sum(self.weights[run] for run in job.specs)
-
     def _show(self) -> None:
+        """Thousandths of the FLOPs, those of runs that are expected only included."""
         running = [w for w in self.workers if w.job is not None]
-        begun = sum(w.share * self._job_weight(w.job) for w in running if w.job is not None)
-        done = 1 - (self.left - begun) / self.total if self.total else 1.0
+        timings = [job for job in self.queue if isinstance(job, TimingJob)]
+        total = sum(self.weights.values()) + self.timings * self.timing_weight
+        done = sum(weight for run, weight in self.weights.items() if self._is_over(run))
+        done += (self.timings - len(timings)) * self.timing_weight
+        for worker in running:
+            assert worker.job is not None
+            if isinstance(worker.job, TimingJob):
+                done -= (1 - worker.share) * self.timing_weight
+            else:
+                weight = sum(self.weights[run] for run in worker.job.specs)
+                over = sum(self.weights[run] for run in worker.job.specs if self._is_over(run))
+                done += max(worker.share * weight - over, 0.0)
         names = ", ".join(_name(w.job) for w in running if w.job is not None)
         text = f"{self.summary.done} of {self.summary.planned} runs; {names}"
-        self.progress(min(int(done * BAR), BAR), BAR, text)
+        self.progress(min(int(BAR * done / total), BAR), BAR, text)
+
+
+def _group(plan: Plan, run: str, spec: RunSpec) -> Any:
+    """Runs of one group are one job."""
+    if plan.lockstep:
+        return spec.scale, spec.seed
+    return run if spec.sweep else (spec.scale, spec.seed, spec.arm)
+
+
+def _together(plan: Plan, specs: dict[str, RunSpec], known: dict[str, RunSpec]) -> str | None:
+    """The name of a lockstep group: of all its runs, so that a kill when some of them have ended
+    does not part the group's clocks. In a sweep they are not all known: of those that start now.
+    """
+    if not plan.lockstep:
+        return None
+    first = next(iter(specs.values()))
+    if plan.sweep is None:
+        specs = {r: s for r, s in known.items() if (s.scale, s.seed) == (first.scale, first.seed)}
+    return "-".join(specs) if len(specs) > 1 else None
 
 
 def _name(job: Job) -> str:
     if isinstance(job, TimingJob):
         return f"{job.scale.name} timing"
     first, *others = job.specs.values()
-    arms = f"{len(others) + 1} arms" if others else first.arm
-    return f"{first.scale} {arms} {first.seed}"
+    arms = f"{len(others) + 1} arms" if others and job.lockstep else first.arm
+    what = f" at {first.train.lr:.3g}" if first.sweep else ""
+    return f"{first.scale} {arms} {first.seed}{what}"
 
 
-def _weight(spec: RunSpec) -> float:
+def _weight(spec: RunSpec, others: Mapping[str, RunSpec]) -> float:
+    """FLOPs of the steps that are the run's own, not its donor's."""
     sequences = spec.train.batch_size * spec.train.grad_accum
-    return float(model_flops(spec.model, batch=sequences).total * spec.train.steps)
+    taken = (decay_start(others[spec.donor].train) or 0) if spec.donor in others else 0
+    return float(model_flops(spec.model, batch=sequences).total * (spec.train.steps - taken))
 
 
 def describe(summary: Summary, seconds: float) -> str:

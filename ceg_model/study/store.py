@@ -81,6 +81,9 @@ class Store:
     def path(self, run_id: str) -> Path:
         return self.runs / run_id
 
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        return read_json(self.path(run_id) / RUN)
+
     def result(self, run_id: str) -> dict[str, Any] | None:
         return read_json(self.path(run_id) / RESULT)
 
@@ -103,6 +106,9 @@ class Store:
         if (folder / RESULT).exists():
             os.replace(folder / RESULT, folder / FIRST_FAILURE)
         return True
+
+    def failed_twice(self, run_id: str) -> bool:
+        return (self.path(run_id) / FIRST_FAILURE).exists()
 
     def clocks(self, runs: Iterable[str]) -> dict[str, list[float]]:
         """Training seconds at each row, for the runs that were trained in lockstep: on their

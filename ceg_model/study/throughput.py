@@ -21,10 +21,11 @@ import torch
 
 from ceg_kernels import OPS, use_backend
 from ceg_model.data import TokenData
+from ceg_model.device import resolve_device
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
 from ceg_model.study.plan import Plan, Scale, backends_of, model_config, train_config
-from ceg_model.train import Trainer, resolve_device
+from ceg_model.train import Trainer
 
 KINDS = ("study", "reference", "torch", "ours")
 WARM_UP, MAX_ROUNDS = 2, 400

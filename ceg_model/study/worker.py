@@ -24,13 +24,14 @@ SEND_INTERVAL_S = 0.3
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Runs to be trained in turn: the arms of one scale and seed, or a single run."""
+    """Runs by id. In lockstep they take their rows in turn (the arms of a scale and seed); else one
+    follows the other (the budgets of an arm, each on the trunk of the one before).
+    """
 
-    specs: dict[str, RunSpec]  # by run id
+    specs: dict[str, RunSpec]
     folder: str  # of all runs
     data_dir: str
-    # The name of the group that the runs take turns in, of which some may have ended before.
-    lockstep: str | None = None
+    lockstep: str | None  # the group's name, the same whichever of its runs are left
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _time(job: TimingJob, send: _Sender) -> dict[str, Any]:
 
 
 def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> None:
-    from ceg_model.study.lockstep import in_turn
+    from ceg_model.study.lockstep import Rows, in_turn
     from ceg_model.train import training
 
     shares = dict.fromkeys(job.specs, 0.0)
@@ -108,17 +109,19 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
     def stops() -> bool:
         return stop.is_set() or (deadline is not None and time.time() > deadline)
 
-    rows = {
-        run: training(
+    def rows_of(run: str, spec: RunSpec) -> Rows:
+        donor = os.path.join(job.folder, spec.donor) if spec.donor else None
+        return training(
             spec.model, spec.train, job.data_dir, os.path.join(job.folder, run),
-            progress=progress_of(run), stop_at=stops, lockstep=job.lockstep,
-        )
-        for run, spec in job.specs.items()
-    }  # fmt: skip
-    for run, result in in_turn(rows):
-        shares[run] = 1.0
-        ended = _failed(result) if isinstance(result, Exception) else result
-        send.pipe.send(("ended", run, ended))
+            progress=progress_of(run), stop_at=stops, lockstep=job.lockstep, donor=donor,
+        )  # fmt: skip
+
+    groups = [job.specs] if job.lockstep else [{run: spec} for run, spec in job.specs.items()]
+    for group in groups:
+        for run, result in in_turn({run: rows_of(run, spec) for run, spec in group.items()}):
+            shares[run] = 1.0
+            ended = _failed(result) if isinstance(result, Exception) else result
+            send.pipe.send(("ended", run, ended))
 
 
 def _failed(error: Exception) -> dict[str, Any]:
