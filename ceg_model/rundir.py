@@ -10,9 +10,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 RUN, METRICS, RESULT, CHECKPOINTS = "run.json", "metrics.jsonl", "result.json", "ckpt"
 PARTIAL = ".partial"
@@ -129,6 +135,45 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{file} line {number} must be JSON, got {line[:60]!r}") from error
     return rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a report needs of a run's metrics: two columns of all rows, the others of evaluations.
+
+    NaN stands for null. Lengths: (rows,) and (evaluations,).
+    """
+
+    step: Array
+    train_s: Array
+    evaluated: Array  # the evaluations' places among the rows
+    eval_loss: Array
+    model_flops: Array
+    executed_flops: Array
+    lr: Array
+
+
+NUMBERS = ("step", "train_s", "eval_loss", "model_flops", "executed_flops", "lr")
+
+
+def read_columns(path: str | Path) -> Columns:
+    """`read_metrics` as columns. Arrow's parser takes a fifth of the time and lets threads run."""
+    import pyarrow as pa
+    from pyarrow import json as arrow
+
+    file = Path(path) / METRICS
+    schema = pa.schema([(name, pa.float64()) for name in NUMBERS])
+    options = arrow.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    single = arrow.ReadOptions(use_threads=False)
+    try:
+        table = arrow.read_json(pa.BufferReader(file.read_bytes()), single, options)
+        found = {name: table[name].to_numpy() for name in NUMBERS}
+    except pa.ArrowInvalid:  # a torn last line, or damage that `read_metrics` says better
+        rows = read_metrics(path)
+        found = {n: np.array([row[n] for row in rows], dtype=np.float64) for n in NUMBERS}
+    evaluated = np.flatnonzero(~np.isnan(found["eval_loss"]))
+    step, seconds, *rest = found.values()
+    return Columns(step.astype(np.int64), seconds, evaluated, *(c[evaluated] for c in rest))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
