@@ -6,7 +6,7 @@ Two runs differ by an algorithm exactly when their GPTConfigs differ. How someth
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 NORMS = ("none", "layer_norm", "rms_norm")
@@ -114,7 +114,7 @@ class GPTConfig:
         return self.top_k > 1
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))  # asdict copies each value: a study asks 10,000 times
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:

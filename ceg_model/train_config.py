@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 SCHEDULES = ("constant", "wsd", "cosine")
@@ -70,7 +70,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **asdict(self),
+            **vars(self),
             "betas": list(self.betas),
             "backend": dict(self.backend) if isinstance(self.backend, Mapping) else self.backend,
         }
