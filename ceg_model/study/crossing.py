@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceg_model.study.curves import Curve
-from ceg_model.study.stats import slope_of
+from ceg_model.study.trend import slope_of
 
 Array = NDArray[np.float64]
 

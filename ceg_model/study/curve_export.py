@@ -8,41 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ceg_model.data import TokenData
 from ceg_model.rundir import write_atomically
-from ceg_model.study.curves import IDENTITY, Curve, Key
-from ceg_model.study.plan import Plan
-from ceg_model.study.runner import planned
-from ceg_model.study.store import Store
+from ceg_model.study.curves import IDENTITY, Curve
+from ceg_model.study.gather import gather
 
 LABELS = ("arm", "scale", "seed", "budget")
 MEASURED = ("flops", "loss", "seconds", "lr", "executed_flops")
 
 
 def study_curves(folder: str | Path) -> list[Curve]:
-    """The curve of every finished run, in the order of the plan: scales, arms, seeds.
+    """The curve of every finished run, in the order of the plan: scales, arms, seeds, budgets.
 
     Seconds are on the common clock where runs were trained in lockstep. ValueError where `folder`
     holds no study, or no run of it is finished.
     """
-    store = Store(folder)
-    study = store.study()
-    if study is None:
-        raise ValueError(f"DIR must be a study's folder, got {folder}, which has no study.json")
-    plan = Plan.from_dict(study["plan"])
-    specs = planned(plan, study["ours"], TokenData(study["data_dir"], verify=False))
-    index = store.index()
-    done = [(run, spec) for run, spec in specs if index.get(run, {}).get("status") == "done"]
-    clocks = store.clocks(run for run, _ in done)
-    found = [
-        store.curve(run, Key(spec.arm, spec.scale, str(spec.seed)), clocks.get(run))
-        for run, spec in done
-    ]
-    curves = [curve for curve in found if curve is not None]
+    curves = gather(folder).curves
     if not curves:
         raise ValueError(f"{folder} must hold a finished run, got none yet")
-    scales = [scale.name for scale in plan.scales]
-    curves.sort(key=lambda c: (scales.index(c.key.scale), plan.arms.index(c.key.arm), c.key.seed))
     return curves
 
 

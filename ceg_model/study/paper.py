@@ -24,7 +24,7 @@ import numpy as np
 from ceg_model.config import GPTConfig
 from ceg_model.flops import model_flops, params_count
 from ceg_model.mfu import dense_peak, palm_flops_per_token
-from ceg_model.study import stats
+from ceg_model.study import trend
 from ceg_model.study.innovations import (
     BASELINE,
     INDEPENDENT,
@@ -215,18 +215,18 @@ def _slope() -> dict[str, Any]:
     x = np.log(work)
 
     def of(arm: str) -> float:
-        return stats.slope_of(x, np.log(V2[arm]))
+        return trend.slope_of(x, np.log(V2[arm]))
 
     points = [(x[i : i + 1], np.log(V2[BUNDLE][i : i + 1])) for i in range(2)]
-    verdict = stats.classify(points)
+    verdict = trend.classify(points)
     return {
         "compute_ratio": work[1] / work[0],
         "slope": of(BUNDLE),
         "slope_of_a_kernel": of("flash_attention"),  # its G_alg is 1 at both: this is all error
-        "margin": stats.MARGIN,
+        "margin": trend.MARGIN,
         "paper_class": INDEPENDENT,
         "class": verdict.label,
-        "reason": f"{verdict.reason}, with {stats.MIN_SEEDS} seeds each; the paper has one",
+        "reason": f"{verdict.reason}, with {trend.MIN_SEEDS} seeds each; the paper has one",
     }
 
 

@@ -76,10 +76,10 @@ def _range(ax: Axes, results: Results, cell: str) -> None:
             fontsize=NOTE,
         )  # fmt: skip
     ax.axhline(1, color=INK, linewidth=0.9)
-    low, high = min(seen) / 1.15, max(seen) * 1.15
+    least, most = min(seen) / 1.15, max(seen) * 1.15
     ax.set_yscale("log")
-    ax.set_ylim(low, high)
-    gain_axis(ax.yaxis, low, high)
+    ax.set_ylim(least, most)
+    gain_axis(ax.yaxis, least, most)
     ax.invert_xaxis()  # training goes to the right
     label_ends(ax, ends, HEIGHT)
     ax.set_xlabel("loss that both reach (training goes right)")

@@ -67,9 +67,9 @@ def _by_cell(results: Results, axis: str) -> dict[str, dict[str, Line]]:
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for curve in results["curves"]:
         if curve.get(axis):
-            cell = runs.setdefault(cell_of(results, curve), {})
-            cell.setdefault(curve["arm"], []).append(curve)
-    return {c: {arm: _mean(own, axis) for arm, own in by.items()} for c, by in runs.items()}
+            own = runs.setdefault(cell_of(results, curve), {})
+            own.setdefault(curve["arm"], []).append(curve)
+    return {c: {arm: _mean(some, axis) for arm, some in by.items()} for c, by in runs.items()}
 
 
 def _mean(runs: list[dict[str, Any]], axis: str) -> Line:
