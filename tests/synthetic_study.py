@@ -5,6 +5,7 @@ By hand:  python tests/synthetic_study.py DIR --runs 10000   writes it and times
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -21,7 +22,7 @@ from ceg_model.rundir import METRICS, RESULT, RUN
 from ceg_model.study.plan import Plan, RunSpec, Scale
 from ceg_model.study.runner import our_kernels
 from ceg_model.study.schedule import schedule
-from ceg_model.study.store import FIRST_FAILURE, Store
+from ceg_model.study.store import CACHE, FIRST_FAILURE, Store
 from ceg_model.train import run_description
 
 ARMS = (
@@ -121,3 +122,33 @@ def timed(name: str, part: Callable[[], Any], seconds: dict[str, float]) -> Any:
     value = part()
     seconds[name] = time.perf_counter() - start
     return value
+
+
+def time_report(folder: Path) -> dict[str, float]:
+    """Seconds of the parts of `ceg study report` on a study's folder."""
+    from ceg_model.study.collect import collect
+    from ceg_model.study.report import write_report
+
+    seconds: dict[str, float] = {}
+    timed("index", Store(folder).index, seconds)
+    results = timed("collect", lambda: collect(folder), seconds)
+    timed("write_report", lambda: write_report(results, Store(folder).report), seconds)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("--runs", type=int, default=10_000)
+    arguments = parser.parse_args()
+    if not (arguments.dir / "study").exists():
+        write_study(arguments.dir, arguments.runs)
+    for state in ("cold cache", "warm cache"):
+        if state == "cold cache":
+            (arguments.dir / "study" / CACHE).unlink(missing_ok=True)
+        seconds = time_report(arguments.dir / "study")
+        print(state, *(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
