@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
+from scipy.optimize import brentq
 
 from ceg_model.study.curves import Curve
+from ceg_model.study.pchip import pchip
 from ceg_model.study.stats import Array
 
 MIN_BUDGETS = 3
@@ -63,42 +64,43 @@ class Ladder:
 
     def envelope(self, losses: Array) -> Array:
         """ln C at each loss within [bottom, top]."""
-        return self._through(self.mean[self.vertices])(losses)
+        return pchip(self._knots, self._log_flops, losses)[0]
 
-    def _through(self, losses: Array) -> PchipInterpolator:
-        order = slice(None, None, -1)
-        return PchipInterpolator(losses[order], self.log_flops[self.vertices][order])
+    @property
+    def _knots(self) -> Array:
+        return self.mean[self.vertices][::-1]
 
-    def derivatives(self, losses: Array) -> tuple[Array, Array]:
-        """d ln C by the loss asked for, (m,), and by each seed's deviations, (seeds, m)."""
-        y = self.mean[self.vertices]
-        curve = self._through(y)
-        at = curve(losses)
-        step = STEP * float(np.min(-np.diff(y)))
-        by_point = []
-        for i in range(y.size):
-            moved = y.copy()
-            moved[i] += step
-            by_point.append((self._through(moved)(losses) - at) / step)
-        deviation = (self.loss - self.mean)[:, self.vertices]
-        return curve(losses, 1), deviation @ np.array(by_point)
+    @property
+    def _log_flops(self) -> Array:
+        return self.log_flops[self.vertices][::-1]
+
+    def derivatives(self, losses: Array) -> tuple[Array, Array, Array]:
+        """ln C, and its derivative by the loss asked for, (m,), and by each seed, (seeds, m)."""
+        knots = self._knots
+        step = STEP * float(np.min(np.diff(knots)))
+        moved = np.vstack([knots, knots + step * np.eye(knots.size)])
+        log_c, slope = pchip(moved, self._log_flops, losses)
+        deviation = (self.loss - self.mean)[:, self.vertices[::-1]]
+        return log_c[0], slope[0], deviation @ ((log_c[1:] - log_c[0]) / step)
 
     def values(self, losses: Array, moves: Array) -> Array:
         """ln C of each seed, (seeds, m), where `moves` is how each seed moves the losses."""
-        slope, own = self.derivatives(losses)
-        return self.envelope(losses) + own + slope * moves
+        log_c, slope, own = self.derivatives(losses)
+        return log_c + own + slope * moves
 
     def loss_at(self, log_flops: float) -> float:
         """The loss at a compute between the first and the last vertex."""
-        y, x = self.mean[self.vertices], self.log_flops[self.vertices]
-        roots = self._through(y).solve(log_flops, extrapolate=False)
-        if roots.size:
-            return float(roots[0])
-        return float(y[0] if log_flops <= x[0] else y[-1])
+        if log_flops <= self.log_flops[0]:
+            return self.top
+        if log_flops >= self.log_flops[self.vertices[-1]]:
+            return self.bottom
+        return float(
+            brentq(lambda at: self.envelope(np.array([at]))[0] - log_flops, self.bottom, self.top)
+        )
 
     def pinned(self, loss: float) -> Array:
         """How each seed moves a target that is this arm's own loss at some compute, (seeds,)."""
-        slope, moves = self.derivatives(np.array([loss]))
+        _, slope, moves = self.derivatives(np.array([loss]))
         return -moves[:, 0] / slope[0]
 
     def rate_at(self, log_flops: Array) -> Array | None:
@@ -156,12 +158,13 @@ def seed_values(base: Ladder, variant: Ladder, target: Target) -> tuple[Array, A
     unshared seeds all that a seed moves must stand on its own side, so both effects of a moved
     target are booked with the arm whose seed moved it; the difference is the same.
     """
-    slope_b, moves_b = base.derivatives(target.losses)
-    slope_v, moves_v = variant.derivatives(target.losses)
+    log_b, slope_b, moves_b = base.derivatives(target.losses)
+    log_v, slope_v, moves_v = variant.derivatives(target.losses)
     tilt = slope_b - slope_v
-    log_b = base.envelope(target.losses) + moves_b + tilt * target.by_base
-    log_v = variant.envelope(target.losses) + moves_v - tilt * target.by_variant
-    return log_b, log_v
+    return (
+        log_b + moves_b + tilt * target.by_base,
+        log_v + moves_v - tilt * target.by_variant,
+    )
 
 
 def make_ladder(runs: Runs, seeds: Sequence[str]) -> Ladder | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from ceg_model.study.ladder import Ladder
 from ceg_model.study.stats import LEVEL, Array
@@ -92,23 +92,26 @@ def fit(points: Points, *, starts: int = STARTS, near: float | None = None) -> L
         out[rows, 2 + 2 * arm_of] = -part * centred / whole
         return out
 
-    low = np.concatenate([[0.0], np.tile([-np.inf, 1e-4], len(arms))])
-    high = np.concatenate([[ceiling], np.tile([np.inf, 10.0], len(arms))])
-    best = None
-    floors = [*(ceiling * np.linspace(0.01, 0.99, starts)), *([] if near is None else [near])]
-    for floor in floors:
+    # ln of what is above the floor at the middle compute, and a: wide, and exp stays finite.
+    low = np.concatenate([[0.0], np.tile([-50.0, 1e-4], len(arms))])
+    high = np.concatenate([[ceiling], np.tile([10.0, 5.0], len(arms))])
+
+    def solve(start: Array, tolerance: float, evaluations: int) -> OptimizeResult:
+        return least_squares(
+            residual, start, jacobian, bounds=(low, high), loss="huber", f_scale=HUBER_DELTA,
+            x_scale="jac", ftol=tolerance, xtol=tolerance, gtol=1e-14, max_nfev=evaluations,
+        )  # fmt: skip
+
+    found = []
+    for floor in [*(ceiling * np.linspace(0.01, 0.99, starts)), *([] if near is None else [near])]:
         start = [min(max(floor, 1e-9 * ceiling), ceiling * (1 - 1e-9))]
         for i in range(len(arms)):
             own = arm_of == i
             a, b = np.polyfit(centred[own], np.log(np.exp(y[own]) - start[0]), 1)
-            start += [float(b), float(np.clip(-a, 2e-4, 9.0))]
-        found = least_squares(
-            residual, start, jacobian, bounds=(low, high), loss="huber", f_scale=HUBER_DELTA,
-            x_scale="jac", ftol=1e-11, xtol=1e-11, gtol=1e-14, max_nfev=200,
-        )  # fmt: skip
-        if best is None or found.cost < best.cost:
-            best = found
-    assert best is not None
+            start += [float(b), float(np.clip(-a, 2e-4, 4.9))]
+        found.append(solve(np.array(start), 1e-5, 25))
+    rough = min(found, key=lambda one: one.cost)
+    best = solve(rough.x, 1e-12, 400)
     exponents = {arm: float(best.x[2 + 2 * i]) for i, arm in enumerate(arms)}
     return Law(
         e=float(best.x[0]),
