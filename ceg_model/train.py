@@ -8,8 +8,8 @@ thread start-up happen there. So no step has to be left out or its time imputed,
 pairs measured seconds with exactly the FLOPs that were done in them.
 
 What a FLOP is. `model_flops` is `ceg_model.flops.model_flops` times the steps done: what the maths
-requires. `executed_flops` adds what the chosen backends recompute or pad; null where
-one does not say.
+requires. `executed_flops` adds what the chosen backends recompute or pad, and the pairs that native
+sparse attention computes and masks; null where a backend does not say.
 
 What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from (seed, s,
 micro-batch), never from what ran before: resuming is exact, arms that share a seed are paired, and

@@ -7,7 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ceg_kernels.nn import RotaryEmbedding
+from ceg_kernels.ops.attention import pairs
 from ceg_model.config import GPTConfig
+from ceg_model.data import Request, prepare
 from ceg_model.flops import masked_flops, model_flops, params_count
 from ceg_model.gpt import Attention, build_model
 from ceg_model.sparse_attention import (
@@ -15,6 +17,8 @@ from ceg_model.sparse_attention import (
     compressed_pairs,
     selected_pairs,
 )
+from ceg_model.train import train
+from ceg_model.train_config import TrainConfig
 
 SPARSE = GPTConfig(
     vocab_size=37, seq_len=61, n_layer=2, n_head=4, n_kv_head=2, d_model=32,
@@ -74,7 +78,7 @@ def by_hand(layer, config, x):
     starts = list(range(0, x.shape[0] - size + 1, stride))
     k_far = [layer.compress_k(plain[1][None, s : s + size, 0])[0, 0] for s in starts]
     v_far = [layer.compress_v(v[None, s : s + size, 0])[0, 0] for s in starts]
-    group, pairs, rows = config.n_head // config.kv_heads, [0, 0, 0], []
+    group, counts, rows = config.n_head // config.kv_heads, [0, 0, 0], []
 
     def attend(query, keys, values):
         p = (torch.stack(keys) @ query * config.head_dim**-0.5).softmax(0)
@@ -109,9 +113,9 @@ def by_hand(layer, config, x):
                     parts.append(attend(turned[0][t, h], *own)[1])
                 out[h] = sum(gates[t, c, h] * part for c, part in enumerate(parts))
                 for c, n in enumerate((len(ended), len(chosen), len(near))):
-                    pairs[c] += n
+                    counts[c] += n
         rows.append(torch.cat(out))
-    return layer.o_proj(torch.stack(rows)), pairs
+    return layer.o_proj(torch.stack(rows)), counts
 
 
 @configs
@@ -120,10 +124,10 @@ def test_equals_a_loop_over_queries(config):
     rotary = RotaryEmbedding(config.head_dim, config.seq_len) if config.position == "rope" else None
     x = torch.randn(config.seq_len, config.d_model, dtype=torch.float64)
     with torch.no_grad():
-        expected, pairs = by_hand(layer, config, x)
+        expected, counts = by_hand(layer, config, x)
         torch.testing.assert_close(layer(x[None], rotary)[0], expected)
     far, chosen = compressed_pairs(config, len(x)), selected_pairs(config, len(x))
-    assert pairs[:2] == [config.n_head * far, config.n_head * chosen]
+    assert counts[:2] == [config.n_head * far, config.n_head * chosen]
 
 
 @configs
@@ -195,3 +199,19 @@ def test_equal_blocks_are_taken_in_order():
     layer = NativeSparseAttention(change(n_kv_head=1))
     keys = layer._selection(torch.zeros(1, 1, 61, 7))[0, 0, 0, 60]
     assert keys.nonzero().flatten().tolist() == [*range(18), *range(45, 61)]
+
+
+def test_training_says_what_is_executed(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text(" ".join(map(str, range(i, 90))))
+    prepare(Request(sources=(str(text),), val_fraction=0.2), tmp_path / "shards")
+    config = change(vocab_size=256, n_layer=1)
+    steps = TrainConfig(steps=2, batch_size=3, device="cpu", dtype="float32", backend="reference")
+    result = train(config, steps, tmp_path / "shards", tmp_path / "run")
+    # The window branch's op, materialised: all pairs, and the scores once more in its backward.
+    every, needed = 61**2, pairs(61, 61, True, 6, 0)
+    window = config.n_head * config.head_dim * (14 * every - 12 * needed)
+    extra = result["executed_flops"] - result["model_flops"]
+    assert extra == 2 * 3 * (window + masked_flops(config, 61))
