@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
     rows = {
         run: training(
             spec.model, spec.train, job.data_dir, os.path.join(job.folder, run),
-            progress=progress_of(run), stop_at=stops, lockstep=together,
+            progress=progress_of(run), stop_at=stops, note=_say, lockstep=together,
+            label=f"{spec.arm} {spec.scale} {spec.seed}",
         )
         for run, spec in job.specs.items()
     }  # fmt: skip
@@ -116,6 +118,10 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
         shares[run] = 1.0
         ended = _failed(result) if isinstance(result, Exception) else result
         send.pipe.send(("ended", run, ended))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _failed(error: Exception) -> dict[str, Any]:
