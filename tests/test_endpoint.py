@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy.interpolate import PchipInterpolator
 
-from ceg_model.study.curves import Key, make_curve
+from ceg_model.study import powerlaw
+from ceg_model.study.cells import Options
+from ceg_model.study.curves import Key, make_curve, read_csv
 from ceg_model.study.estimate import estimate
 from ceg_model.study.ladder import Ladder, lowest, seed_values
 from ceg_model.study.pchip import pchip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -31,6 +32,9 @@ def _add_study(subparsers: Any) -> None:
     run.add_argument("--out", required=True, metavar="DIR", help="the study's folder")
     run.add_argument("--data", metavar="DIR", help=f"token shards (default: {DATA}, built in)")
     run.add_argument("--budget-minutes", type=float, metavar="M", help="stop after M minutes")
+    run.add_argument(
+        "--log-to", metavar="LOGGER", help="tensorboard, wandb or trackio, as in train"
+    )
     run.add_argument("--json", action="store_true", help="print how it ended as JSON")
     run.set_defaults(run=_run)
     report = commands.add_parser("report", help="write DIR/report from what is done")
@@ -98,12 +102,18 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ceg_model import data
+    from ceg_model.loggers import check
     from ceg_model.progress import Progress
     from ceg_model.study import machine
     from ceg_model.study.plans import plan_named
     from ceg_model.study.runner import describe, run_study
+    from ceg_model.train_config import TrainConfig
 
     plan = plan_named(arguments.plan)
+    if arguments.log_to is not None:
+        TrainConfig(log_to=arguments.log_to)  # refuses a name that there is not
+        plan = dataclasses.replace(plan, train={**plan.train, "log_to": arguments.log_to})
+        check(arguments.log_to)
     folder = arguments.data or f"data/{dict(plan.data).get('hf', DATA).rpartition('/')[2]}"
     if arguments.data is None:
         with Progress("data") as progress:

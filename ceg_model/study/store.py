@@ -62,7 +62,7 @@ class Store:
             write_json(self.folder / STUDY, study)
             return study
         for key in ("plan", "data_hash", "ours"):
-            if found.get(key) != study[key]:
+            if _identity(found, key) != _identity(study, key):
                 raise ValueError(
                     f"study folder {self.folder} must hold the same {key}: "
                     f"{_difference(key, found, study)}; name another --out"
@@ -190,6 +190,15 @@ class Store:
     def write_throughput(self, scale: str, content: dict[str, Any]) -> None:
         (self.folder / THROUGHPUT).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / THROUGHPUT / f"{scale}.json", content)
+
+
+def _identity(study: dict[str, Any], key: str) -> Any:
+    """What must not change: all but who gets copies of the rows."""
+    value = study.get(key)
+    if key != "plan" or value is None:
+        return value
+    train = {name: field for name, field in value["train"].items() if name != "log_to"}
+    return {**value, "train": train}
 
 
 def _difference(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:

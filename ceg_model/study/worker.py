@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
         donor = os.path.join(job.folder, spec.donor) if spec.donor else None
         return training(
             spec.model, spec.train, job.data_dir, os.path.join(job.folder, run),
-            progress=progress_of(run), stop_at=stops, lockstep=job.lockstep, donor=donor,
+            progress=progress_of(run), stop_at=stops, note=_say, lockstep=job.lockstep,
+            donor=donor, label=f"{spec.arm} {spec.scale} {spec.seed}",
         )  # fmt: skip
 
     groups = [job.specs] if job.lockstep else [{run: spec} for run, spec in job.specs.items()]
@@ -122,6 +124,10 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
             shares[run] = 1.0
             ended = _failed(result) if isinstance(result, Exception) else result
             send.pipe.send(("ended", run, ended))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _failed(error: Exception) -> dict[str, Any]:
