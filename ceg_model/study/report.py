@@ -9,11 +9,14 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ceg_kernels.measure.page import SYMBOLS
+from ceg_kernels.measure.plot import backends_of, marker_of
 from ceg_kernels.measure.svg import css
 from ceg_model.rundir import write_atomically
 from ceg_model.study import plots, verdicts, words
 from ceg_model.study.innovations import INNOVATIONS
 from ceg_model.study.plots_parts import PIECES, used_pieces
+from ceg_model.study.plots_speed import drawn, op_colours
 from ceg_model.study.plots_style import looks
 
 HTML, JSON = "report.html", "results.json"
@@ -74,6 +77,7 @@ def render(results: dict[str, Any]) -> str:
         undecided=verdicts.undecided(results),
         plots=_plots(results),
         pieces=_pieces(results),
+        roofline=_roofline_legend(results),
         hardware=hardware,
         amdahl=_amdahl(results),
         sweeps=results.get("sweeps") or [],
@@ -112,6 +116,16 @@ def _pieces(results: dict[str, Any]) -> list[dict[str, str]]:
         style = "" if hatch else f"background: {css(colour)}"
         out.append({"text": PIECE_WORDS[name], "style": classes[hatch], "css": style})
     return out
+
+
+def _roofline_legend(results: dict[str, Any]) -> dict[str, Any]:
+    """Colours of ops, and marker, name and whether it is a peer, of backends."""
+    rows = drawn(results)
+    peers = {row["backend"] for row in rows if row.get("peer") is not None}
+    return {
+        "colours": {op: css(colour) for op, colour in op_colours(rows).items()},
+        "markers": [(SYMBOLS[marker_of(name)], name, name in peers) for name in backends_of(rows)],
+    }
 
 
 def _arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,36 +18,38 @@ MAX_DRIFT = 0.05  # of a step's time that the kernels' own times do not explain
 
 def found(results: Results) -> list[str]:
     """The sentences on what is decided: gains, speeds, trends, bundles."""
-    estimate = results["estimate"]
-    lines = []
-    for arm, answer in estimate["arms"].items():
-        lines.append(verdict(_title(results, arm), answer))
-        lines += _trends(results, arm)
+    arms = results["estimate"]["arms"]
+    lines = [verdict(_title(results, a), arms[a], *_trends(results, a)) for a in arms]
     return lines + _bundles(results)
 
 
-def verdict(title: str, answer: dict[str, Any]) -> str:
-    """One sentence on one arm: algorithm first, then hardware; an interval that holds 1 says so."""
+def verdict(title: str, answer: dict[str, Any], *more: str) -> str:
+    """One sentence on one arm: algorithm first, then hardware, then `more`.
+
+    Of an arm whose worth is open only the speed is found; `undecided` says the rest.
+    """
     hardware = _hardware(answer.get("g_hw"), answer.get("scale"))
+    return f"{title}: {'; '.join([*_worth(answer), hardware, *more])}."
+
+
+def _worth(answer: dict[str, Any]) -> list[str]:
     same = answer.get("equivalence")
     if same is not None:
-        if same["passed"]:
-            return f"{title}: the same loss for the same FLOPs, measured; {hardware}."
-        if same["passed"] is None:
-            return f"{title}: the same maths (not tested: one seed); {hardware}."
-        return f"{title}: the same maths, but its curves were not shown to be equal; {hardware}."
+        return {
+            True: ["the same loss for the same FLOPs, measured"],
+            None: ["the same maths (not tested: one seed)"],
+            False: ["the same maths, but its curves were not shown to be equal"],
+        }[same["passed"]]
     if answer["status"] == "refused":
-        return f"{title}: no number, because {'; '.join(answer['reasons'])}."
-    where = _at(answer.get("scale"))
+        return ["no number for its worth in compute"]
     if answer["status"] == "censored":
         side = "at most" if answer["bound_side"] == "upper" else "at least"
-        return f"{title}: worth {side} {gain(answer['bound'])} in compute{where}; {hardware}."
+        return [f"worth {side} {gain(answer['bound'])} in compute{_at(answer.get('scale'))}"]
     value, pair, where = _headline(answer)
-    spread = f" ({interval(pair)})" if pair else " (one seed, no interval)"
-    worth = f"worth {gain(value)} the compute{spread}{where}"
     if pair and pair[0] <= 1 <= pair[1]:
-        worth = f"no gain or loss in compute shown: {gain(value)}{spread}{where}"
-    return f"{title}: {worth}; {hardware}."
+        return [f"no gain or loss in compute shown{where}"]
+    spread = f" ({interval(pair)})" if pair else " (one seed, no interval)"
+    return [f"worth {gain(value)} the compute{spread}{where}"]
 
 
 def _headline(answer: dict[str, Any]) -> tuple[float, list[float] | None, str]:
@@ -84,9 +86,11 @@ def _trends(results: Results, arm: str) -> list[str]:
         if trend is None or trend["class"] not in TREND or (key == "class" and same):
             continue
         ends = trend.get("ends")
-        span = f", from {gain(ends[0])} to {gain(ends[1])} over the scales run" if ends else ""
-        lines.append(f"{_title(results, arm)}: {what} {TREND[trend['class']]}{span}.")
-    return lines
+        flat = trend["class"] == "compute-independent"
+        span = f", from {gain(ends[0])} to {gain(ends[1])}" if ends and not flat else ""
+        lines.append(f"{what} {TREND[trend['class']]}{span}")
+    both = len(lines) == 2 and all(line.endswith(TREND["compute-independent"]) for line in lines)
+    return ["neither gain depends on compute"] if both else lines
 
 
 def _bundles(results: Results) -> list[str]:
@@ -160,8 +164,8 @@ def _open_gains(results: Results) -> list[str]:
                 lines.append(f"How sure the {gain(value)} of {title} is: one seed has no interval.")
             elif pair[0] <= 1 <= pair[1]:
                 lines.append(
-                    f"Whether {title} is worth any compute{where}: anything in "
-                    f"{interval(pair)} fits what was measured, and 1× is no gain."
+                    f"Whether {title} is worth any compute{where}: {gain(value)} was measured, and "
+                    f"anything in {interval(pair)} would fit; 1× is no gain."
                 )
     return lines
 
