@@ -30,12 +30,13 @@ BUNDLE = {"ln_rope_fa": ("layer_norm", "rope", "flash_attention")}
 
 
 def within_runs(
-    seeds: int = 2, arms: dict[str, tuple[float, float]] = ARMS, noise: float = 0.002
-) -> dict[str, Any]:
+    seeds: int = 2, arms: dict[str, tuple[float, float]] = ARMS, noise: float = 0.002,
+    scales: dict[str, float] = SCALES,
+) -> dict[str, Any]:  # fmt: skip
     """Whole curves at a constant rate, and what the estimator makes of them."""
     rng = np.random.default_rng(3)
     curves = []
-    for scale, size in SCALES.items():
+    for scale, size in scales.items():
         flops = np.arange(1, 41) * 4e10 * size
         for seed in range(seeds):
             for arm, (g_alg, g_hw) in arms.items():

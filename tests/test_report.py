@@ -86,7 +86,7 @@ FEW = {"baseline": (1.0, 1.0), "rope": (1.002, 1.0)}
 
 
 def test_json_twin_of_one_seed(tmp_path):
-    results = within_runs(seeds=1, arms=FEW)
+    results = within_runs(seeds=1, arms=FEW, scales={"S": 1.0})
     path = write_report(results, tmp_path / "report")
     assert path.read_text().startswith("<!doctype html>")
     twin = json.loads((tmp_path / "report" / "results.json").read_text())
