@@ -62,10 +62,10 @@ def _range(ax: Axes, results: Results, cell: str) -> None:
         x, y = np.array(data["loss"]), np.array(data["g_alg"])
         ax.plot(x, y, color=look.colour, linestyle=look.dash, zorder=3, gid=look.gid)
         if data["low"][0] is not None:
-            low, high = np.array(data["low"]), np.array(data["high"])
+            lows, highs = np.array(data["low"]), np.array(data["high"])
             # Wider ones would cover the panel and say nothing but that.
             ax.fill_between(
-                x, low, high, where=high / low < MAX_BAND, color=look.colour, alpha=0.1,
+                x, lows, highs, where=highs / lows < MAX_BAND, color=look.colour, alpha=0.1,
                 linewidth=0, gid=look.gid,
             )  # fmt: skip
         at = int(x.argmin())

@@ -69,8 +69,8 @@ def _by_cell(results: Results, axis: str) -> dict[str, dict[str, Line]]:
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for curve in results["curves"]:
         if curve.get(axis):
-            cell = runs.setdefault(cell_of(results, curve), {})
-            cell.setdefault(curve["arm"], []).append(curve)
+            by_arm = runs.setdefault(cell_of(results, curve), {})
+            by_arm.setdefault(curve["arm"], []).append(curve)
     return {c: {arm: _mean(own, axis) for arm, own in by.items()} for c, by in runs.items()}
 
 

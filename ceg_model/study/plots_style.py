@@ -20,7 +20,7 @@ RIM = 0.6  # points of paper about a marker, so that it stands out from its line
 # Behind a note that may lie on lines.
 HALO = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
-LABEL, NOTE = 9.0, 8.6  # points; the axes' own text is 9.5
+LABEL, NOTE = 9.0, 8.8  # points; the axes' own text is 9.5
 ALL_SCALES = "all scales"  # the cell of an estimate over all of them
 SHORT_TITLE = 14  # characters that fit beside a panel
 

@@ -79,6 +79,7 @@ def render(results: dict[str, Any]) -> str:
         roofline=_roofline_legend(results),
         trends=tables.trends(results),
         bundles=tables.bundles(results),
+        fits=tables.fits(results),
         hardware=hardware,
         amdahl=tables.amdahl(results),
         sweeps=results.get("sweeps") or [],

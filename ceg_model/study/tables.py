@@ -98,6 +98,20 @@ def bundles(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def fits(results: Results) -> list[dict[str, Any]]:
+    """The power laws: what the arms of a fit share stands in the first of its rows."""
+    rows = []
+    for cell, fit in (results["estimate"].get("fit") or {}).items():
+        row = {key: fit.get(key) for key in ("e", "e_ci", "e_drop_one")}
+        row |= {"cell": cell, "doubt": fit.get("degenerate") or fit.get("reason")}
+        laws = fit.get("arms") or {"": {}}
+        for arm, law in laws.items():
+            name = results["titles"].get(arm, arm)
+            rows.append(row | {"arm": name, "a": law.get("a"), "a_ci": law.get("a_ci")})
+            row |= {"e": None, "e_ci": None, "e_drop_one": None, "doubt": "as above"}
+    return rows
+
+
 def amdahl(results: Results) -> list[dict[str, Any]]:
     """Every kernel's part in every step."""
     return [
