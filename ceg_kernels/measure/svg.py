@@ -71,13 +71,20 @@ def panel(
     width: float = WIDTH,
     height: float = HEIGHT,
     label: str = "",
+    note: str = "",
 ) -> str:
-    """One panel as an <svg> element; `draw` fills its axes. Sizes in inches."""
+    """One panel as an <svg> element; `draw` fills its axes. Sizes in inches.
+
+    `note` stands between title and axes; `label` is what a screen reader says for all of it.
+    """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_title(title)
+        axes.set_title(title, pad=19 if note else None)
+        if note:
+            axes.annotate(note, (0, 1), (0, 5), xycoords="axes fraction", color=SOFT,
+                          textcoords="offset points", annotation_clip=False)  # fmt: skip
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(text.getvalue(), name, label or title)

@@ -11,7 +11,9 @@ from matplotlib.ticker import NullLocator
 
 from ceg_kernels.measure.svg import ALG, FAINT, HEIGHT, INK, PAPER, SOFT, panel
 from ceg_model.study.plots_style import (
+    HALO,
     NOTE,
+    RIM,
     End,
     Look,
     Plot,
@@ -26,7 +28,8 @@ from ceg_model.study.plots_style import (
 )
 
 MAX_BAND = 2.0  # intervals up to this factor are drawn as a band
-TREND_WIDTH, TREND_HEIGHT = 3.5, 2.7
+MIN_SPAN = 1.5  # from bottom to top of a trend's panel at least
+TREND_WIDTH, TREND_HEIGHT = 3.4, 2.7
 AA_HEIGHT = 2.4
 
 
@@ -59,10 +62,10 @@ def _range(ax: Axes, results: Results, cell: str) -> None:
         x, y = np.array(data["loss"]), np.array(data["g_alg"])
         ax.plot(x, y, color=look.colour, linestyle=look.dash, zorder=3, gid=look.gid)
         if data["low"][0] is not None:
-            low, high = np.array(data["low"]), np.array(data["high"])
+            lows, highs = np.array(data["low"]), np.array(data["high"])
             # Wider ones would cover the panel and say nothing but that.
             ax.fill_between(
-                x, low, high, where=high / low < MAX_BAND, color=look.colour, alpha=0.1,
+                x, lows, highs, where=highs / lows < MAX_BAND, color=look.colour, alpha=0.1,
                 linewidth=0, gid=look.gid,
             )  # fmt: skip
         at = int(x.argmin())
@@ -73,7 +76,7 @@ def _range(ax: Axes, results: Results, cell: str) -> None:
         ax.axvline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         ax.annotate(
             "target ", (target, 0.01), xycoords=("data", "axes fraction"), ha="right",
-            fontsize=NOTE,
+            fontsize=NOTE, bbox=HALO,
         )  # fmt: skip
     ax.axhline(1, color=INK, linewidth=0.9)
     least, most = min(seen) / 1.15, max(seen) * 1.15
@@ -87,27 +90,32 @@ def _range(ax: Axes, results: Results, cell: str) -> None:
 
 
 def trends(results: Results) -> Plot:
-    """ln G_alg against ln C_b: an arm a panel, all with the same axes."""
-    shown = [a for a, answer in results["estimate"]["arms"].items() if _points(answer)]
+    """ln G_alg against ln C_b: an arm a panel, all with the same axes but for where they begin."""
+    shown = {a: p for a, answer in results["estimate"]["arms"].items() if (p := _points(answer))}
     if not shown:
         return Plot(why="No scale gives a gain or a bound, so there is no trend to show.")
-    points = [p for a in shown for p in _points(results["estimate"]["arms"][a])]
-    x = [p["compute"] for p in points]
+    x = [p["compute"] for points in shown.values() for p in points]
     reach = min(x) / 1.35, max(x) * 1.35
-    seen = [v for p in points for v in p["values"]]
-    span = min([*seen, 0.9]) / 1.1, max([*seen, 1.1]) * 1.1
+    # Equal steps look equal in all panels, so that slopes can be compared by eye.
+    reached = {a: [v for p in points for v in p["values"]] for a, points in shown.items()}
+    height = max(MIN_SPAN, *(max(v) / min(v) for v in reached.values())) * 1.2
     style = looks(results)
-    panels = [
-        panel(
-            f"trend-{i}",
-            f"{title(results, arm)}: {results['estimate']['class'][arm]['class']}",
-            partial(_trend, results=results, arm=arm, look=style[arm], reach=reach, span=span),
-            width=TREND_WIDTH,
-            height=TREND_HEIGHT,
-            label=f"G_alg of {title(results, arm)} against the baseline's compute",
+    panels = []
+    for i, arm in enumerate(shown):
+        middle = float(np.sqrt(max(reached[arm]) * min(reached[arm])))
+        span = middle / height**0.5, middle * height**0.5
+        draw = partial(_trend, results=results, arm=arm, look=style[arm], reach=reach, span=span)
+        panels.append(
+            panel(
+                f"trend-{i}",
+                title(results, arm),
+                draw,
+                note=results["estimate"]["class"][arm]["class"],
+                width=TREND_WIDTH,
+                height=TREND_HEIGHT,
+                label=f"G_alg of {title(results, arm)} against the baseline's compute",
+            )
         )
-        for i, arm in enumerate(shown)
-    ]
     return Plot(panels, arms=tuple(shown))
 
 
@@ -121,10 +129,10 @@ def _points(answer: dict[str, Any]) -> list[dict[str, Any]]:
         if not value or not compute:
             continue
         pair = None if bounded else cell.get("ci")
-        # An interval over more than a decade would flatten all others.
-        pair = pair if pair and pair[1] / pair[0] < 10 else None
+        # A wide interval may leave the panel; it must not flatten all others.
+        narrow = pair if pair and pair[1] / pair[0] < MAX_BAND else ()
         out.append({"compute": compute, "value": value, "bounded": bounded, "ci": pair,
-                    "side": cell.get("bound_side"), "values": [value, *(pair or ())]})  # fmt: skip
+                    "side": cell.get("bound_side"), "values": [value, *narrow]})  # fmt: skip
     return sorted(out, key=lambda p: p["compute"])
 
 
@@ -138,8 +146,9 @@ def _trend(
         if p["ci"]:
             ax.plot([p["compute"]] * 2, p["ci"], color=look.colour, linewidth=1.2, zorder=3)
         ax.plot(
-            p["compute"], p["value"], look.marker, color=look.colour, markersize=7, zorder=4,
+            p["compute"], p["value"], look.marker, color=look.colour, markersize=7.5, zorder=4,
             markerfacecolor=PAPER if p["bounded"] else look.colour,
+            markeredgewidth=1.3 if p["bounded"] else RIM,
             markeredgecolor=look.colour if p["bounded"] else PAPER,
         )  # fmt: skip
         if p["bounded"]:
@@ -151,7 +160,7 @@ def _trend(
             )  # fmt: skip
     ax.axhline(1, color=INK, linewidth=0.9)
     ax.set(xscale="log", yscale="log", xlim=reach, ylim=span)
-    gain_axis(ax.yaxis, *span, most=5)
+    gain_axis(ax.yaxis, *span, most=6)
     compute_axis(ax.xaxis, *reach)
     ax.set_xlabel("baseline's model FLOPs at the target")
     ax.set_ylabel("G_alg")
@@ -202,7 +211,7 @@ def _aa(ax: Axes, gate: dict[str, Any]) -> None:
         ax.plot(gate["g_alg"], -1, "D", color=ALG, markeredgecolor=PAPER, markersize=7)
         ax.annotate(f"mean and 95% interval, {low:.3g} to {high:.3g}", (gate["g_alg"], -1),
                     (0, -7), textcoords="offset points", ha="center", va="top",
-                    fontsize=NOTE, color=SOFT)  # fmt: skip
+                    fontsize=NOTE, color=SOFT, bbox=HALO)  # fmt: skip
     ax.plot(ratios, places, "o", color=ALG, markeredgecolor=PAPER, markersize=8)
     ax.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     ax.set_xscale("log")

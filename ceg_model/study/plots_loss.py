@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from ceg_kernels.measure.svg import HEIGHT, INK, PAPER, panel
 from ceg_model.study.plots_style import (
     ALL_SCALES,
+    HALO,
     NOTE,
+    RIM,
     End,
     Look,
     Plot,
@@ -67,9 +69,9 @@ def _by_cell(results: Results, axis: str) -> dict[str, dict[str, Line]]:
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for curve in results["curves"]:
         if curve.get(axis):
-            own = runs.setdefault(cell_of(results, curve), {})
-            own.setdefault(curve["arm"], []).append(curve)
-    return {c: {arm: _mean(some, axis) for arm, some in by.items()} for c, by in runs.items()}
+            by_arm = runs.setdefault(cell_of(results, curve), {})
+            by_arm.setdefault(curve["arm"], []).append(curve)
+    return {c: {arm: _mean(own, axis) for arm, own in by.items()} for c, by in runs.items()}
 
 
 def _mean(runs: list[dict[str, Any]], axis: str) -> Line:
@@ -138,9 +140,10 @@ def _panel(ax: Axes, results: Results, cell: str, axis: str, lines: dict[str, Li
             zorder=4 if arm == results["estimate"]["baseline"] else 3,
         )  # fmt: skip
         _points(ax, line, look)
-    _limits(ax, list(ordered.values()), target)
-    if axis == "flops":
-        _power_laws(ax, (results["estimate"].get("fit") or {}).get(cell) or {}, style)
+    fit = (results["estimate"].get("fit") or {}).get(cell) or {}
+    laws = fit.get("arms") or {} if axis == "flops" else {}
+    _limits(ax, list(ordered.values()), target, beyond=1.4 if laws else 1.08)
+    _power_laws(ax, laws, style)
     for arm, line in ordered.items():
         _mark_crossing(ax, line, target, style[arm])
     ends = [
@@ -164,9 +167,9 @@ def _points(ax: Axes, line: Line, look: Look) -> None:
     ax.plot(x, y, look.marker, color=look.colour, markersize=4.5, zorder=5, gid=look.gid)
 
 
-def _power_laws(ax: Axes, fit: dict[str, Any], style: dict[str, Look]) -> None:
+def _power_laws(ax: Axes, laws: dict[str, Any], style: dict[str, Look]) -> None:
     """L = E + A C^-a dashed; dotted where it goes beyond what was run."""
-    for arm, law in (fit.get("arms") or {}).items():
+    for arm, law in laws.items():
         if arm not in style:
             continue
         x, y = np.array(law["flops"]), np.array(law["loss"])
@@ -178,7 +181,7 @@ def _power_laws(ax: Axes, fit: dict[str, Any], style: dict[str, Look]) -> None:
             )  # fmt: skip
 
 
-def _limits(ax: Axes, lines: list[Line], target: float | None) -> None:
+def _limits(ax: Axes, lines: list[Line], target: float | None, beyond: float) -> None:
     """From where the first curve comes down into the panel; all of it where there are points."""
     if any(line.points for line in lines):
         tops = [p["high"] for line in lines for p in line.points]
@@ -192,7 +195,7 @@ def _limits(ax: Axes, lines: list[Line], target: float | None) -> None:
     ends = [float(line.x[-1]) for line in lines]
     ends += [p["x"] for line in lines for p in line.points]
     ax.set_xscale("log")
-    ax.set_xlim(min(begins, default=max(ends) / 10) / 1.1, max(ends) * 1.08)
+    ax.set_xlim(min(begins, default=max(ends) / 10) / 1.1, max(ends) * beyond)
     pad = 0.05 * (top - bottom) or 0.01
     ax.set_ylim(bottom - pad, top + pad / 2)
 
@@ -203,6 +206,7 @@ def _axes(ax: Axes, axis: str, target: float | None) -> None:
         ax.annotate(
             f"target {target:.3f}", (0.015, target), xycoords=("axes fraction", "data"),
             xytext=(0, -3), textcoords="offset points", va="top", fontsize=NOTE,
+            bbox=HALO, zorder=7,
         )  # fmt: skip
     compute_axis(ax.xaxis, *ax.get_xlim())
     ax.set_xlabel(WHAT[axis])
@@ -219,5 +223,5 @@ def _mark_crossing(ax: Axes, line: Line, target: float | None, look: Look) -> No
         place = np.exp(np.log(line.x[at - 1]) + part * np.log(line.x[at] / line.x[at - 1]))
         ax.plot(
             place, target, look.marker, color=look.colour, markeredgecolor=PAPER, markersize=8,
-            zorder=6, gid=look.gid,
+            markeredgewidth=RIM, zorder=6, gid=look.gid,
         )  # fmt: skip

@@ -16,7 +16,6 @@ from ceg_model.study.plots_style import (
     gain_axis,
     scale_title,
     short,
-    times,
     title,
 )
 
@@ -125,7 +124,7 @@ def _bars(ax: Axes, results: Results, cell_name: str, here: list[str]) -> None:
 
 def _said(cell: dict[str, Any]) -> str:
     if cell.get("g_time"):
-        return times(round(cell["g_time"], 2))
+        return f"{cell['g_time']:.2f}×"
     if cell["status"] == "censored" and cell.get("bound"):
         return f"G_alg {'≤' if cell['bound_side'] == 'upper' else '≥'} {cell['bound']:.2f}×"
     return "no time" if cell["status"] == "ok" else cell["status"]
@@ -149,7 +148,7 @@ def bundles(results: Results) -> Plot:
                 done = kind == "interaction" and shapley_steps(results, bundle, cell)
                 steps = [] if done else make(results, bundle, cell)
                 if steps:
-                    name = f"{title(results, bundle)}, {scale_title(cell).lower()}"
+                    name = f"{title(results, bundle)}, {scale_title(cell)}"
                     height = 0.36 * len(steps) + 1.05
                     draw = partial(_waterfall, steps=steps)
                     panels.append(panel(f"{kind}-{bundle}-{i}", name, draw, height=height))
@@ -208,7 +207,13 @@ def _waterfall(ax: Axes, steps: list[Step]) -> None:
         right = max(start, end)
         if step.ci and step.ci[1] / step.ci[0] < MAX_INTERVAL:
             low, high = (start + float(np.log(v)) for v in step.ci)
-            ax.plot(np.exp([low, high]), [place - 0.38] * 2, color=SOFT, linewidth=1.6, zorder=6)
+            ax.plot(
+                np.exp([low, high]),
+                [place] * 2,
+                color=SOFT if whole else INK,
+                linewidth=1.4,
+                zorder=6,
+            )
             right = max(right, high)
             ends += [float(np.exp(low)), float(np.exp(high))]
         ax.annotate(

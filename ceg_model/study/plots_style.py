@@ -10,13 +10,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from ceg_kernels.measure.svg import INK, SERIES
+from ceg_kernels.measure.svg import INK, PAPER, SERIES
 
 Results = dict[str, Any]
 
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MARKERS = "os^DvPX*"
+RIM = 0.6  # points of paper about a marker, so that it stands out from its line
+# Behind a note that may lie on lines.
+HALO = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)))
-LABEL, NOTE = 8.5, 8.0  # points; the axes' own text is 9.5
+LABEL, NOTE = 9.0, 8.8  # points; the axes' own text is 9.5
 ALL_SCALES = "all scales"  # the cell of an estimate over all of them
 SHORT_TITLE = 14  # characters that fit beside a panel
 
@@ -94,34 +98,45 @@ def times(value: float, _: object = None) -> str:
 def compute_axis(axis: Any, low: float, high: float) -> None:
     """Labels of a log axis: each decade, and 2 and 5 where there is hardly a decade."""
     axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(power))
     if high / low < 30:
         powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
         steps = (1, 2, 5) if high / low > 3 else (1, 1.5, 2, 3, 4, 5, 7)
         ticks = [m * 10.0**p for p in powers for m in steps]
         axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(_power))
 
 
-def _power(value: float, _: object = None) -> str:
-    if value < 1e4:
+def power(value: float, _: object = None) -> str:
+    """Small numbers as they are, others as 5·10¹²: one size of text, so that a phone shows it."""
+    if 1e-4 <= value < 1e4:
         return f"{value:g}"
-    mantissa, power = f"{value:.1e}".split("e")
-    return rf"${float(mantissa):g}\cdot 10^{{{int(power)}}}$"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    raised = f"10{str(int(exponent)).translate(RAISED)}"
+    return raised if float(mantissa) == 1 else f"{float(mantissa):g}·{raised}"
 
 
-GAIN_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
-FINE_TICKS = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1, 1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3)
+# Round factors, coarse to fine; the first that puts three ticks on an axis is taken.
+GAIN_TICKS = (
+    (0.01, 0.1, 1, 10, 100),
+    (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
+    (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50),
+    *([round(step * i, 2) for i in range(1, 1001)] for step in (0.2, 0.1, 0.05, 0.02, 0.01)),
+)
 
 
-def gain_axis(axis: Any, low: float, high: float, most: int = 6) -> None:
-    """Ticks of a log axis of gains at round factors, 1 always among them."""
-    source = GAIN_TICKS if high / low > 1.8 else FINE_TICKS
-    ticks = [t for t in source if low <= t <= high]
-    while len(ticks) > most:
-        one = ticks.index(1) if 1 in ticks else 0
-        ticks = [t for i, t in enumerate(ticks) if (i - one) % 2 == 0]
-    axis.set_major_locator(FixedLocator(ticks))
+def gain_axis(axis: Any, low: float, high: float, most: int = 7) -> None:
+    """Ticks of a log axis of gains at round factors, 1 among them where it is in sight."""
+    for family in GAIN_TICKS:
+        ticks = [t for t in family if low <= t <= high]
+        if len(ticks) >= 3:
+            break
+    apart = np.log(high / low) / (most + 1)
+    kept: list[float] = []
+    for tick in sorted(ticks, key=lambda t: (t != 1, abs(np.log(t)))):  # from 1 outwards
+        if all(abs(np.log(tick / other)) >= apart for other in kept):
+            kept.append(tick)
+    axis.set_major_locator(FixedLocator(sorted(kept)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(times))
 
@@ -144,19 +159,18 @@ def label_ends(ax: Axes, ends: Sequence[End], height: float) -> None:
     if not ends:
         return
     to_axes = ax.transData + ax.transAxes.inverted()
-    wanted = np.array([to_axes.transform((e.x, e.y))[1] for e in ends])
-    gap = LABEL * 1.2 / (72 * height * 0.74)
-    places = spread(np.clip(wanted, 0, 1), gap)
-    for end, place in zip(ends, places, strict=True):
-        note = ax.annotate(
-            end.text, (end.x, end.y), (1.045, place), textcoords=("axes fraction", "axes fraction"),
-            color=end.look.colour, fontsize=LABEL, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": end.look.colour, "linewidth": 0.5,
-                        "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
+    starts = np.array([to_axes.transform((e.x, e.y)) for e in ends])
+    places = spread(np.clip(starts[:, 1], 0, 1), LABEL * 1.2 / (72 * height * 0.74))
+    for end, start, place in zip(ends, starts, places, strict=True):
+        colour, gid = end.look.colour, end.look.gid or None
+        ax.plot(
+            [start[0], 1.035], [start[1], place], color=colour, linewidth=0.9, clip_on=False,
+            transform=ax.transAxes, gid=gid,
         )  # fmt: skip
-        note.set_gid(end.look.gid)
-        if note.arrow_patch is not None:
-            note.arrow_patch.set_gid(end.look.gid)
+        ax.text(
+            1.045, place, end.text, fontsize=LABEL, va="center", gid=gid,
+            transform=ax.transAxes,
+        )  # fmt: skip
 
 
 def spread(wanted: np.ndarray, gap: float) -> np.ndarray:

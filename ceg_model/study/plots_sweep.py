@@ -23,7 +23,7 @@ from ceg_model.study.plots_style import (
     title,
 )
 
-WIDTH, HEIGHT = 3.5, 2.6
+WIDTH, HEIGHT = 3.4, 2.5
 WORST = 0.5  # nats above the best rate; what lies higher leaves the panel at its top
 
 
@@ -69,7 +69,7 @@ def _sweep(
     ax: Axes, results: Results, own: list[dict[str, Any]], top: float, reach: tuple[float, float]
 ) -> None:
     order = scales(results)
-    ends = []
+    ends: list[End] = []
     for i, sweep in enumerate(own):
         at = order.index(sweep["scale"]) if sweep["scale"] in order else i
         look = Look(SERIES[at % len(SERIES)], MARKERS[at % len(MARKERS)], DASHES[0], "")
@@ -79,7 +79,8 @@ def _sweep(
                 markersize=3.5)  # fmt: skip
         _chosen(ax, sweep, dict(zip(rates, above, strict=True)), look)
         name = "/".join(filter(None, (sweep["scale"], sweep.get("budget") or "")))
-        ends.append(End(rates[-1], min(above[-1], top), name, look))
+        if all(end.text != name for end in ends):  # other seeds of it have the same look
+            ends.append(End(rates[-1], min(above[-1], top), name, look))
     ax.set_xscale("log")
     ax.set_xlim(*reach)
     ax.set_ylim(-0.12 * top, top * 1.05)

@@ -9,11 +9,13 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ceg_kernels.measure.page import SYMBOLS
+from ceg_kernels.measure.plot import backends_of, marker_of
 from ceg_kernels.measure.svg import css
 from ceg_model.rundir import write_atomically
-from ceg_model.study import plots, verdicts, words
-from ceg_model.study.innovations import INNOVATIONS
+from ceg_model.study import plots, tables, verdicts, words
 from ceg_model.study.plots_parts import PIECES, used_pieces
+from ceg_model.study.plots_speed import drawn, op_colours
 from ceg_model.study.plots_style import looks
 
 HTML, JSON = "report.html", "results.json"
@@ -61,24 +63,28 @@ def render(results: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("gain", "interval", "si", "seconds", "flag", "percent"):
+    for name in ("gain", "interval", "si", "seconds", "flag", "percent", "signed"):
         environment.filters[name] = getattr(words, name)
-    hardware = _hardware(results)
+    hardware = tables.hardware(results)
     return environment.get_template("report.html.j2").render(
         r=results,
         estimate=results["estimate"],
-        arms=_arm_rows(results),
+        arms=tables.arm_rows(results),
         legend=_legend(results),
         gids={arm: look.gid for arm, look in looks(results).items()},
         found=verdicts.found(results),
         undecided=verdicts.undecided(results),
         plots=_plots(results),
         pieces=_pieces(results),
+        roofline=_roofline_legend(results),
+        trends=tables.trends(results),
+        bundles=tables.bundles(results),
+        fits=tables.fits(results),
         hardware=hardware,
-        amdahl=_amdahl(results),
+        amdahl=tables.amdahl(results),
         sweeps=results.get("sweeps") or [],
-        flags={name: words.FLAGS.get(name, name) for name in _used_flags(results, hardware)},
-        bench=_bench_rows(results),
+        flags={name: words.FLAGS.get(name, name) for name in tables.used_flags(results, hardware)},
+        bench=tables.bench_rows(results),
     )
 
 
@@ -114,110 +120,11 @@ def _pieces(results: dict[str, Any]) -> list[dict[str, str]]:
     return out
 
 
-def _arm_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the headline table says of each arm."""
-    rows = []
-    hardware = results.get("hardware") or {}
-    for arm, answer in results["estimate"]["arms"].items():
-        entry = INNOVATIONS.get(arm)
-        own = hardware.get(answer["scale"], {}).get(arm, {})
-        rows.append(
-            {
-                "name": arm,
-                "title": results["titles"].get(arm, arm),
-                "kind": entry.kind if entry else "",
-                "published": entry.published if entry else (),
-                "paper_class": entry.paper_class if entry else None,
-                "answer": answer,
-                "trend": results["estimate"]["class"][arm],
-                "against_reference": own.get("against_reference", answer["g_hw"]),
-                "hardware_ci": own.get("against_reference_ci") or own.get("ci"),
-                "against_torch": own.get("against_torch"),
-                "torch_ci": own.get("against_torch_ci"),
-            }
-        )
-    return rows
-
-
-def _hardware(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Scale -> a row for each arm, what is not known as None."""
-    trends = results["estimate"].get("class_hw") or {}
-    out: dict[str, list[dict[str, Any]]] = {}
-    for scale, arms in (results.get("hardware") or {}).items():
-        for arm, own in arms.items():
-            step = own.get("amdahl") or {}
-            row = {
-                "title": results["titles"].get(arm, arm),
-                "reference": own.get("against_reference"),
-                "reference_ci": own.get("against_reference_ci") or own.get("ci"),
-                "torch": own.get("against_torch"),
-                "torch_ci": own.get("against_torch_ci"),
-                "joules": own.get("joules_per_step"),
-                "trend": trends.get(arm),
-                "flags": own.get("flags") or [],
-            }
-            for key in ("mfu", "mfu_baseline", "mfu_ratio", "peak_ratio", "hfu_over_mfu"):
-                row[key] = own.get(key)
-            for key in ("predicted_s", "measured_s", "unexplained"):
-                row[key] = step.get(key)
-            out.setdefault(scale, []).append(row)
-    return out
-
-
-def _amdahl(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every kernel's part in every step."""
-    return [
-        {"scale": scale, "title": results["titles"].get(arm, arm), **part,
-         "saved_s": part["calls"] * (part["baseline_s"] - part["own_s"])}
-        for scale, arms in (results.get("hardware") or {}).items()
-        for arm, own in arms.items()
-        for part in (own.get("amdahl") or {}).get("parts", [])
-    ]  # fmt: skip
-
-
-def _used_flags(results: dict[str, Any], hardware: dict[str, list[dict[str, Any]]]) -> list[str]:
-    answers = results["estimate"]["arms"].values()
-    cells = [c for answer in answers for c in (answer, *answer["scales"].values())]
-    rows = [row for own in hardware.values() for row in own]
-    return sorted({flag for holder in (*cells, *rows) for flag in holder["flags"]})
-
-
-def _bench_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours beside its peers: one line for each op, direction, shape and dtype."""
-    peaks = (results.get("roofs") or {}).get("flops") or {}
-    groups: dict[tuple, dict[str, Any]] = {}
-    for row in results.get("bench") or []:
-        key = tuple(row[k] for k in ("op", "direction", "shape", "dtype"))
-        groups.setdefault(key, {})[row["peer"] or "ours"] = row
-    lines = []
-    for (op, direction, shape, dtype), group in groups.items():
-        best = group.get("ours") or group.get("torch") or group["reference"]
-        median = best.get("median_s")
-
-        def against(peer: str, group: dict = group, median: float | None = median) -> float | None:
-            other = (group.get(peer) or {}).get("median_s")
-            return other / median if other and median and "ours" in group else None
-
-        lines.append(
-            {
-                "op": op,
-                "direction": direction,
-                "shape": shape,
-                "dtype": dtype,
-                "backend": best["backend"],
-                "median_s": median,
-                "against_reference": against("reference"),
-                "against_torch": against("torch"),
-                "roof_fraction": best.get("roof_fraction"),
-                "bound": best.get("bound"),
-                "mfu": _mfu(best, peaks.get(dtype)),
-                "error": best.get("max_error_over_slack"),
-                "status": best.get("status", "ok"),
-            }
-        )
-    return lines
-
-
-def _mfu(row: dict[str, Any], peak: float | None) -> float | None:
-    """Of a kernel: its model FLOP/s over the measured dense peak of its dtype."""
-    return 1e9 * row["gflops"] / peak if peak and row.get("gflops") else None
+def _roofline_legend(results: dict[str, Any]) -> dict[str, Any]:
+    """Colours of ops, and marker, name and whether it is a peer, of backends."""
+    rows = drawn(results)
+    peers = {row["backend"] for row in rows if row.get("peer") is not None}
+    return {
+        "colours": {op: css(colour) for op, colour in op_colours(rows).items()},
+        "markers": [(SYMBOLS[marker_of(name)], name, name in peers) for name in backends_of(rows)],
+    }

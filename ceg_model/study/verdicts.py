@@ -18,36 +18,38 @@ MAX_DRIFT = 0.05  # of a step's time that the kernels' own times do not explain
 
 def found(results: Results) -> list[str]:
     """The sentences on what is decided: gains, speeds, trends, bundles."""
-    estimate = results["estimate"]
-    lines = []
-    for arm, answer in estimate["arms"].items():
-        lines.append(verdict(_title(results, arm), answer))
-        lines += _trends(results, arm)
+    arms = results["estimate"]["arms"]
+    lines = [verdict(_title(results, a), arms[a], *_trends(results, a)) for a in arms]
     return lines + _bundles(results)
 
 
-def verdict(title: str, answer: dict[str, Any]) -> str:
-    """One sentence on one arm: algorithm first, then hardware; an interval that holds 1 says so."""
+def verdict(title: str, answer: dict[str, Any], *more: str) -> str:
+    """One sentence on one arm: algorithm first, then hardware, then `more`.
+
+    Of an arm whose worth is open only the speed is found; `undecided` says the rest.
+    """
     hardware = _hardware(answer.get("g_hw"), answer.get("scale"))
+    return f"{title}: {'; '.join([*_worth(answer), hardware, *more])}."
+
+
+def _worth(answer: dict[str, Any]) -> list[str]:
     same = answer.get("equivalence")
     if same is not None:
-        if same["passed"]:
-            return f"{title}: the same loss for the same FLOPs, measured; {hardware}."
-        if same["passed"] is None:
-            return f"{title}: the same maths (not tested: one seed); {hardware}."
-        return f"{title}: the same maths, but its curves were not shown to be equal; {hardware}."
+        return {
+            True: ["the same loss for the same FLOPs, measured"],
+            None: ["the same maths (not tested: one seed)"],
+            False: ["the same maths, but its curves were not shown to be equal"],
+        }[same["passed"]]
     if answer["status"] == "refused":
-        return f"{title}: no number, because {'; '.join(answer['reasons'])}."
-    where = _at(answer.get("scale"))
+        return ["no number for its worth in compute"]
     if answer["status"] == "censored":
         side = "at most" if answer["bound_side"] == "upper" else "at least"
-        return f"{title}: worth {side} {gain(answer['bound'])} in compute{where}; {hardware}."
+        return [f"worth {side} {gain(answer['bound'])} in compute{_at(answer.get('scale'))}"]
     value, pair, where = _headline(answer)
-    spread = f" ({interval(pair)})" if pair else " (one seed, no interval)"
-    worth = f"worth {gain(value)} the compute{spread}{where}"
     if pair and pair[0] <= 1 <= pair[1]:
-        worth = f"no gain or loss in compute shown: {gain(value)}{spread}{where}"
-    return f"{title}: {worth}; {hardware}."
+        return [f"no gain or loss in compute shown{where}"]
+    spread = f" ({interval(pair)})" if pair else " (one seed, no interval)"
+    return [f"worth {gain(value)} the compute{spread}{where}"]
 
 
 def _headline(answer: dict[str, Any]) -> tuple[float, list[float] | None, str]:
@@ -76,16 +78,23 @@ def _hardware(g_hw: float | None, scale: str | None) -> str:
 
 
 def _trends(results: Results, arm: str) -> list[str]:
-    """Where the slope's interval decides: of G_alg, but not where it is 1, and of G_hw."""
+    """Where the slope's interval decides: of G_alg, but not where it is 1, and of G_hw.
+
+    That a speed-up does not depend on compute is what one expects, so it is not said.
+    """
+    estimate = results["estimate"]
+    shown = {"class": set(TREND), "class_hw": set(TREND) - {"compute-independent"}}
+    if "equivalence" in estimate["arms"][arm]:
+        del shown["class"]
     lines = []
-    for key, what in (("class", "its gain in compute"), ("class_hw", "its gain in speed")):
-        trend = (results["estimate"].get(key) or {}).get(arm)
-        same = "equivalence" in results["estimate"]["arms"][arm]
-        if trend is None or trend["class"] not in TREND or (key == "class" and same):
-            continue
-        ends = trend.get("ends")
-        span = f", from {gain(ends[0])} to {gain(ends[1])} over the scales run" if ends else ""
-        lines.append(f"{_title(results, arm)}: {what} {TREND[trend['class']]}{span}.")
+    for key, labels in shown.items():
+        trend = (estimate.get(key) or {}).get(arm)
+        if trend and trend["class"] in labels:
+            ends = trend.get("ends")
+            flat = trend["class"] == "compute-independent"
+            span = f", from {gain(ends[0])} to {gain(ends[1])}" if ends and not flat else ""
+            what = "its gain in compute" if key == "class" else "its gain in speed"
+            lines.append(f"{what} {TREND[trend['class']]}{span}")
     return lines
 
 
@@ -160,8 +169,8 @@ def _open_gains(results: Results) -> list[str]:
                 lines.append(f"How sure the {gain(value)} of {title} is: one seed has no interval.")
             elif pair[0] <= 1 <= pair[1]:
                 lines.append(
-                    f"Whether {title} is worth any compute{where}: anything in "
-                    f"{interval(pair)} fits what was measured, and 1× is no gain."
+                    f"Whether {title} is worth any compute{where}: {gain(value)} was measured, and "
+                    f"anything in {interval(pair)} would fit; 1× is no gain."
                 )
     return lines
 

@@ -82,6 +82,10 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.3g}%"
 
 
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+
+
 def joined(names: Iterable[str]) -> str:
     """ "a, b and c"."""
     *head, last = list(names) or [""]
