@@ -11,13 +11,14 @@ using py::arg;
 
 namespace {
 
-void set_device(int multiprocessors, size_t shared_limit, const std::string& order) {
+void set_device(int multiprocessors, size_t shared_limit, const std::string& order,
+                int capability) {
   using ceg::sim::Order;
   const Order orders[] = {Order::forward, Order::reverse, Order::shuffled};
   const char* names[] = {"forward", "reverse", "shuffled"};
   for (int i = 0; i < 3; ++i) {
     if (order != names[i]) continue;
-    ceg::sim::device() = {multiprocessors, shared_limit, orders[i]};
+    ceg::sim::device() = {multiprocessors, shared_limit, orders[i], capability};
     return;
   }
   throw py::value_error("order must be forward, reverse or shuffled, got " + order);
@@ -28,7 +29,9 @@ void set_device(int multiprocessors, size_t shared_limit, const std::string& ord
 PYBIND11_MODULE(_sim, m) {
   const ceg::sim::Device standard;
   m.def("set_device", set_device, arg("multiprocessors") = standard.multiprocessors,
-        arg("shared_limit") = standard.shared_limit, arg("order") = "forward");
+        arg("shared_limit") = standard.shared_limit, arg("order") = "forward",
+        arg("capability") = standard.capability);
+  m.def("launched", ceg::sim::launched);
   m.def("selftest", ceg::sim::selftest, arg("kernel"), arg("out"), arg("shared_bytes") = 0);
   m.def("through_16_bits", ceg::sim::through_16_bits, arg("value"), arg("type"));
   m.def("fragment", ceg::sim::fragment, arg("operand"), arg("lane"));
