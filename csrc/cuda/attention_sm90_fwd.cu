@@ -2,10 +2,9 @@
 //
 // A block of threads takes tile after tile of kM queries of one head. Its first warpgroup brings Q
 // and, in a ring of stages each, blocks of kN keys and values; each of the others has 64 queries,
-// and keeps scores, probabilities and output in registers. The scores of a block are computed while
-// the softmax of the block before waits for nothing, and the output of that one while its own
-// softmax runs. Warpgroups take turns at the tensor cores, so that one is in its softmax while
-// another multiplies (Shah et al. 2024, arXiv 2407.08608).
+// and keeps scores, probabilities and output in registers. The output of a block is summed while
+// the next one is in its softmax, and warpgroups take turns at the tensor cores, so that one
+// multiplies while another is in its softmax (Shah et al. 2024, arXiv 2407.08608).
 #include "attention_launch.h"
 #include "attention_softmax.h"
 #include "tma.h"
@@ -158,9 +157,6 @@ __device__ __forceinline__ void produce(const AttentionSm90& args,
   });
 }
 
-// Named barriers: 0 is __syncthreads'.
-constexpr int kWarpgroupBarrier = 1;
-
 // Rows of a tile of values from `first` on become zeros: a stranger's NaN times a weight of 0 is
 // NaN.
 template <class Values>
@@ -175,102 +171,181 @@ __device__ __forceinline__ void clear_rows(SharedAddress tile, int first, int ba
   named_barrier_sync(barrier, kWarpgroup);
 }
 
-// The warp is done with a tile that the producer may overwrite.
-__device__ __forceinline__ void release(SharedAddress empty) {
-  __syncwarp();
-  if (thread_index() % kWarp == 0) mbarrier_arrive(empty);
-}
-
+// What a consumer does with a tile of 64 queries.
 template <class T, int kD, bool kPlain>
-__device__ __forceinline__ void consume(const AttentionSm90& args,
-                                        const SharedTiles<Sm90Tile<kD, kPlain>>& shared) {
+struct Consumer {
   using Tile = Sm90Tile<kD, kPlain>;
   using Queries = typename Tile::Queries;
   using Keys = typename Tile::Keys;
-  constexpr int kN = Tile::kN;
-  const AttentionFwd& fwd = args.fwd;
-  const Attention& p = fwd.problem;
-  const int consumer = thread_index() / kWarpgroup - 1;
-  RingPlace<1> q_place;
-  RingPlace<Tile::kStages> k_place, v_place;
+  static constexpr int kN = Tile::kN;
+  using Softmax = OnlineSoftmax<std::is_same_v<T, bf16>, 1, kN / 8>;
+  using Scores = float[1][kN / 8][4];
+  using Weights = uint32_t[1][kN / 16][4];
+  using Output = float[1][kD / 8][4];
+  // Named barriers, one for each consumer; 0 is __syncthreads'.
+  static constexpr int kWarpgroupBarrier = 1, kTurnBarrier = 1 + Tile::kConsumers;
 
-  for_each_tile<Tile>(fwd, [&](const TileOf<Tile::kM>& tile, const Partners& keys) {
-    const auto [b, h, first, at] = tile;
-    const int warp_row = 64 * consumer + thread_index() % kWarpgroup / kWarp * 16;  // in the tile
-    const int warp_last = least(first + warp_row + 16, at.n_q) - 1;
-    const Partners own =
-        partners<kN>(first + warp_row, warp_last, at.shift(), p.left, p.right, at.n_k);
-    const Logit logit(p, b, h);
-    OnlineSoftmax<std::is_same_v<T, bf16>, 1, kN / 8> softmax;
-    float acc[1][kD / 8][4];
-    clear(acc);
-    mbarrier_wait(shared.q_full(), q_place.parity);
-    q_place.advance();
+  const AttentionFwd& args;
+  const SharedTiles<Tile>& shared;
+  RingPlace<1> q_place = {};
+  RingPlace<Tile::kStages> k_place = {}, v_place = {};
 
-    for (int block = keys.start; block < keys.stop; block += kN) {
-      // Scores.
-      float s[1][kN / 8][4];
-      mbarrier_wait(shared.k_full(k_place.stage), k_place.parity);
-      const uint64_t q = operand_of_rows<Queries>(descriptor_address(shared.q(consumer)));
-      const uint64_t k = operand_of_rows<Keys>(descriptor_address(shared.k(k_place.stage)));
+  // Which of the consumers, and the warp's first row among the tile's.
+  static __device__ __forceinline__ int index() { return thread_index() / kWarpgroup - 1; }
+  static __device__ __forceinline__ int warp_row() { return thread_index() / kWarp * 16 - 4 * 16; }
+
+  // In turns warpgroups issue their products: while those run, another has its softmax.
+  static __device__ __forceinline__ void take_turn() {
+    named_barrier_sync(kTurnBarrier + index(), 2 * kWarpgroup);
+  }
+  static __device__ __forceinline__ void pass_turn() {
+    named_barrier_arrive(kTurnBarrier + (index() + 1) % Tile::kConsumers, 2 * kWarpgroup);
+  }
+
+  // The warp is done with a tile that the producer may overwrite.
+  static __device__ __forceinline__ void release(SharedAddress empty) {
+    __syncwarp();
+    if (thread_index() % kWarp == 0) mbarrier_arrive(empty);
+  }
+
+  // A group of products each: s = Q K^T, acc += P V.
+  __device__ __forceinline__ void issue_scores(Scores& s) const {
+    const uint64_t q = operand_of_rows<Queries>(descriptor_address(shared.q(index())));
+    const uint64_t k = operand_of_rows<Keys>(descriptor_address(shared.k(k_place.stage)));
+#pragma unroll
+    for (int step = 0; step < kD / 16; ++step) {
+      wgmma<T>(s[0], step_of_rows<Queries>(q, step), step_of_rows<Keys>(k, step), step > 0);
+    }
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_output(Output& acc, const Weights& weights) const {
+    const uint64_t v = operand_of_columns<Keys>(descriptor_address(shared.v(v_place.stage)));
+#pragma unroll
+    for (int step = 0; step < kN / 16; ++step) {
+      wgmma<T>(acc[0], weights[0][step], step_of_columns<Keys>(v, step), true);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void wait_for_keys() const {
+    mbarrier_wait(shared.k_full(k_place.stage), k_place.parity);
+  }
+  __device__ __forceinline__ void wait_for_values() const {
+    mbarrier_wait(shared.v_full(v_place.stage), v_place.parity);
+  }
+  __device__ __forceinline__ void release_keys() {
+    release(shared.k_empty(k_place.stage));
+    k_place.advance();
+  }
+  __device__ __forceinline__ void release_values() {
+    release(shared.v_empty(v_place.stage));
+    v_place.advance();
+  }
+
+  // Scores of the keys from `block` on become probabilities.
+  __device__ __forceinline__ void weigh(Scores& s, const TileOf<Tile::kM>& tile, int block,
+                                        Softmax& softmax, const Logit& logit,
+                                        float (&rescale)[2]) const {
+    const Attention& p = args.problem;
+    const int row = tile.first + warp_row(), last = least(row + 16, tile.at.n_q) - 1;
+    const Partners own = partners<kN>(row, last, tile.at.shift(), p.left, p.right, tile.at.n_k);
+    const bool masked = own.masked(block);
+    if (!kPlain || masked) {
+      mask<kPlain>(s, row + tile.at.shift(), block, tile.at.n_k, p.left, p.right, masked, logit);
+    }
+    rescale[0] = softmax.step(0, 0, s, p.to_log2);
+    rescale[1] = softmax.step(0, 1, s, p.to_log2);
+  }
+
+  // The products of one block run beside the softmax of the next.
+  __device__ __forceinline__ void attend(const TileOf<Tile::kM>& tile, const Partners& keys,
+                                         Output& acc, Softmax& softmax) {
+    const Logit logit(args.problem, tile.b, tile.h);
+    Scores s;
+    Weights weights;
+    float rescale[2];
+    wait_for_keys();
+    take_turn();
+    wgmma_fence(s[0]);
+    issue_scores(s);
+    pass_turn();
+    wgmma_wait<0>(s[0]);
+    release_keys();
+    weigh(s, tile, keys.start, softmax, logit, rescale);  // acc is 0
+    to_operand<T>(weights, s);
+
+    for (int block = keys.start + kN; block < keys.stop; block += kN) {
+      wait_for_keys();
+      take_turn();
       wgmma_fence(s[0]);
-#pragma unroll
-      for (int step = 0; step < kD / 16; ++step) {
-        wgmma<T>(s[0], step_of_rows<Queries>(q, step), step_of_rows<Keys>(k, step), step > 0);
-      }
-      wgmma_commit();
-      wgmma_wait<0>(s[0]);
-      release(shared.k_empty(k_place.stage));
-      k_place.advance();
-
-      // Softmax.
-      const bool masked = own.masked(block);
-      if (!kPlain || masked) {
-        mask<kPlain>(s, first + warp_row + at.shift(), block, at.n_k, p.left, p.right, masked,
-                     logit);
-      }
-      softmax.step(s, acc, p.to_log2);
-      uint32_t weights[1][kN / 16][4];
-      to_operand<T>(weights, s);
-
-      // Output.
-      mbarrier_wait(shared.v_full(v_place.stage), v_place.parity);
-      if (p.cu_q && block + kN > at.n_k) {
-        clear_rows<Keys>(shared.v(v_place.stage), at.n_k - block, kWarpgroupBarrier + consumer);
-      }
-      const uint64_t v = operand_of_columns<Keys>(descriptor_address(shared.v(v_place.stage)));
+      issue_scores(s);
+      wait_for_values();
       wgmma_fence(acc[0], weights[0]);
+      issue_output(acc, weights);
+      pass_turn();
+      wgmma_wait<1>(s[0]);
+      release_keys();
+      weigh(s, tile, block, softmax, logit, rescale);
+      wgmma_wait<0>(acc[0], weights[0]);
+      release_values();
 #pragma unroll
-      for (int step = 0; step < kN / 16; ++step) {
-        wgmma<T>(acc[0], weights[0][step], step_of_columns<Keys>(v, step), true);
+      for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[0][n][i] *= rescale[i / 2];
       }
-      wgmma_commit();
-      wgmma_wait<0>(acc[0]);
-      release(shared.v_empty(v_place.stage));
-      v_place.advance();
+      to_operand<T>(weights, s);
     }
 
-    // Normalise and write, through the place of this warpgroup's queries.
-    const int rows = at.n_q - first, first_row = at.first_q + first;
+    wait_for_values();
+    const int there = tile.at.n_k - (keys.stop - 1) / kN * kN;  // keys of the last block
+    if (args.problem.cu_q && there < kN) {
+      clear_rows<Keys>(shared.v(v_place.stage), there, kWarpgroupBarrier + index());
+    }
+    wgmma_fence(acc[0], weights[0]);
+    issue_output(acc, weights);
+    wgmma_wait<0>(acc[0], weights[0]);
+    release_values();
+  }
+
+  // Normalises, and writes through the place of this warpgroup's queries.
+  __device__ __forceinline__ void write(const TileOf<Tile::kM>& tile, const Output& acc,
+                                        Softmax& softmax) const {
+    const Attention& p = args.problem;
+    const auto [b, h, first, at] = tile;
+    const int rows = at.n_q - first, first_row = at.first_q + first, before = 64 * index();
     const int lane = thread_index() % kWarp;
     float factor[1][2];
-    float* const lse = rows_of<float>(fwd.lse, b, first_row, h);
+    float* const lse = rows_of<float>(args.lse, b, first_row, h);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float row_lse;
       softmax.finish(0, half, p, p.sink ? p.sink + h * p.sink_head : nullptr, factor[0][half],
                      row_lse);
-      const int i = warp_row + row_of(lane, 0, 2 * half);
-      if (lane % 4 == 0 && i < rows) lse[i * fwd.lse.row] = row_lse;
+      const int i = warp_row() + row_of(lane, 0, 2 * half);
+      if (lane % 4 == 0 && i < rows) lse[i * args.lse.row] = row_lse;
     }
-    named_barrier_sync(kWarpgroupBarrier + consumer, kWarpgroup);
-    T* const out = rows_of<T>(fwd.out, b, first_row + 64 * consumer, h);
-    store_rows<T, kD, 1, kD>(acc, factor, shared.q(consumer), warp_row % 64, 0, out, fwd.out.row,
-                             rows - 64 * consumer, p.value_dim);
+    named_barrier_sync(kWarpgroupBarrier + index(), kWarpgroup);  // all warps have read Q
+    T* const out = rows_of<T>(args.out, b, first_row + before, h);
+    store_rows<T, kD, 1, kD>(acc, factor, shared.q(index()), warp_row() - before, 0, out,
+                             args.out.row, rows - before, p.value_dim);
     async_proxy_fence();
     release(shared.q_empty());
-  });
-}
+  }
+
+  __device__ __forceinline__ void run() {
+    if (index() == Tile::kConsumers - 1) pass_turn();
+    for_each_tile<Tile>(args, [&](const TileOf<Tile::kM>& tile, const Partners& keys) {
+      Softmax softmax;
+      Output acc;
+      clear(acc);
+      mbarrier_wait(shared.q_full(), q_place.parity);
+      q_place.advance();
+      if (keys.start < keys.stop) attend(tile, keys, acc, softmax);
+      write(tile, acc, softmax);
+    });
+    if (index() == 0) take_turn();  // which the last one passed
+  }
+};
 
 template <class T, int kD, bool kPlain>
 __global__ void __launch_bounds__(Sm90Tile<kD, kPlain>::kThreads, 1)
@@ -290,7 +365,7 @@ __global__ void __launch_bounds__(Sm90Tile<kD, kPlain>::kThreads, 1)
     if (threadIdx.x == 0) produce<Tile>(args, shared);
   } else {
     take_registers<Tile::kConsumerRegisters>();
-    consume<T, kD, kPlain>(args, shared);
+    Consumer<T, kD, kPlain>{args.fwd, shared}.run();
   }
 #endif
 }

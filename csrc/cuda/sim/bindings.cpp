@@ -2,6 +2,7 @@
 // the simulator on arrays of the CPU.
 #include "../bindings.h"
 
+#include "../wgmma.h"
 #include "block.h"
 #include "layouts.h"
 #include "selftest.h"
@@ -33,11 +34,17 @@ PYBIND11_MODULE(_sim, m) {
         arg("capability") = standard.capability);
   m.def("launched", ceg::sim::launched);
   m.def("selftest", ceg::sim::selftest, arg("kernel"), arg("out"), arg("shared_bytes") = 0);
+  m.def("selftest_sm90", ceg::sim::selftest_sm90, arg("fault"), arg("x"), arg("out"));
   m.def("through_16_bits", ceg::sim::through_16_bits, arg("value"), arg("type"));
   m.def("fragment", ceg::sim::fragment, arg("operand"), arg("lane"));
   m.def("swizzle_offset", ceg::sim::swizzle_offset, arg("columns"), arg("row"), arg("chunk"));
   m.def("swizzle_moved", ceg::sim::swizzle_moved, arg("columns"), arg("start"), arg("rows"),
         arg("chunks"));
+  m.def("panels_offset", ceg::sim::panels_offset, arg("rows"), arg("columns"), arg("row"),
+        arg("chunk"));
+  m.def("matrix_descriptor", ceg::matrix_descriptor, arg("start"), arg("leading"), arg("stride"));
+  m.def("operand_address", ceg::sim::operand_address, arg("rows"), arg("columns"), arg("start"),
+        arg("dense_in_k"), arg("step"), arg("mn"), arg("k"));
   m.def("partners", ceg::sim::partners, arg("first"), arg("last"), arg("offset"), arg("before"),
         arg("after"), arg("count"));
   m.def("places", ceg::sim::places, arg("tiles"), arg("heads"), arg("section"),
