@@ -27,7 +27,8 @@ def _add_study(subparsers: Any) -> None:
         "plan",
         metavar="PLAN",
         help="nano (minutes on two cores), cpu-ladder (hours on two cores), precision (is bf16 "
-        "free?), smoke (seconds), h200-ladder, paper-compact, paper-full (GPUs)",
+        "free?), kernels (is each equal to its twin?), smoke (seconds); for GPUs h200-ladder, "
+        "paper-compact, paper-full",
     )
     run.add_argument("--out", required=True, metavar="DIR", help="the study's folder")
     run.add_argument("--data", metavar="DIR", help=f"token shards (default: {DATA}, built in)")
