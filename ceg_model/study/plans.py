@@ -72,9 +72,12 @@ def _gpu_scale(
     )  # fmt: skip
 
 
-# 262,144 tokens a step and 50,000 steps, as in the paper; its rate is not published.
+# 262,144 tokens a step and 50,000 steps, as in the paper; the rates are only where a sweep begins.
 _PAPER_COMPACT = _gpu_scale(
     "compact", layers=6, width=384, length=512, batch_size=64, grad_accum=8, steps=50_000, lr=1e-3
+)
+_PAPER_V1 = _gpu_scale(
+    "v1", layers=8, width=512, length=512, batch_size=64, grad_accum=8, steps=50_000, lr=8e-4
 )
 _PAPER_FULL = _gpu_scale(
     "full", layers=10, width=768, length=1024, batch_size=32, grad_accum=8, steps=50_000, lr=6e-4
@@ -111,9 +114,9 @@ PLANS = {
         Plan(
             "paper-full",
             _LADDER_ARMS,
-            (_PAPER_COMPACT, _PAPER_FULL),
+            (_PAPER_COMPACT, _PAPER_V1, _PAPER_FULL),
             **_PAPER,
-            note="the paper's two models (second version) on its data; for many GPUs; never run",
+            note="the three models of both versions of the paper, on its data; GPUs; never run",
         ),
         Plan(
             "h200-ladder",
