@@ -22,7 +22,12 @@ from ceg_model.progress import Progress
 DATA = "data/stdlib"
 RUNS = "runs"
 # Each of them has add_subcommands(subparsers) and imports what it needs when it runs.
-EXTENSIONS = ("ceg_model.bench_commands", "ceg_model.tune", "ceg_model.study.commands")
+EXTENSIONS = (
+    "ceg_model.bench_commands",
+    "ceg_model.tune",
+    "ceg_model.study.commands",
+    "ceg_model.study.outside",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,6 +100,10 @@ def _add_train(subparsers: Any) -> None:
         "--data", metavar="DIR", help=f"token shards (default: {DATA}, made when it is not there)"
     )
     train.add_argument("--out", default=RUNS, metavar="DIR", help="runs go to DIR/<id>")
+    train.add_argument(
+        "--log-to", metavar="LOGGER",
+        help="tensorboard, wandb or trackio gets a copy of each row (log_to of the section train)",
+    )  # fmt: skip
     train.add_argument("--json", action="store_true", help="print result.json")
     train.set_defaults(run=_train)
 
@@ -141,12 +150,16 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from ceg_model.config import GPTConfig
+    from ceg_model.loggers import check
     from ceg_model.presets import load_config
     from ceg_model.train_config import TrainConfig
 
     # before torch is loaded: a mistake here is answered at once
     model_fields, train_fields = load_config(arguments.config, arguments.set)
+    if arguments.log_to is not None:
+        train_fields["log_to"] = arguments.log_to
     train_config = TrainConfig.from_dict(train_fields)
+    check(train_config.log_to)
 
     from ceg_model.data import TokenData
     from ceg_model.train import run_id, train

@@ -22,6 +22,7 @@ How it differs from the usual formulas, a token:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class ModelFlops:
         return self.total / self.tokens
 
 
+@functools.lru_cache(maxsize=1024)  # a study asks for each of its runs, of which few differ
 def model_flops(
     config: GPTConfig, seq_len: int | None = None, batch: int = 1, *, causal: bool = True
 ) -> ModelFlops:

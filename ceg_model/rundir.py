@@ -10,11 +10,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
 RUN, METRICS, RESULT, CHECKPOINTS = "run.json", "metrics.jsonl", "result.json", "ckpt"
+PARTIAL = ".partial"
 
 
 class RunDir:
@@ -30,7 +37,8 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"run folder {self.path} must be a folder, got a file")
         if not (self.path / RUN).exists() and self.path.exists():
-            foreign = sorted(p.name for p in self.path.iterdir())
+            # A kill may have come before run.json had its name.
+            foreign = sorted(p.name for p in self.path.iterdir() if not is_partial(p))
             if foreign:
                 raise ValueError(
                     f"run folder {self.path} must be new, empty or a run's, got one with "
@@ -93,6 +101,12 @@ class RunDir:
         """
         rows = [row for row in read_metrics(donor or self.path) if row["step"] <= last_step]
         path = self.path / METRICS
+        found = rows[-1]["step"] if rows else 0
+        if found != last_step:  # never after a kill: rows are on disk before their checkpoint is
+            raise ValueError(
+                f"{path} must reach step {last_step} like the run's checkpoint, got its last row "
+                f"at step {found}; remove the run's folder to train it anew"
+            )
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._metrics = path.open("a")
 
@@ -123,14 +137,56 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What a report needs of a run's metrics: two columns of all rows, the others of evaluations.
+
+    NaN stands for null. Lengths: (rows,) and (evaluations,).
+    """
+
+    step: Array
+    train_s: Array
+    evaluated: Array  # the evaluations' places among the rows
+    eval_loss: Array
+    model_flops: Array
+    executed_flops: Array
+    lr: Array
+
+
+NUMBERS = ("step", "train_s", "eval_loss", "model_flops", "executed_flops", "lr")
+
+
+def read_columns(path: str | Path) -> Columns:
+    """`read_metrics` as columns. Arrow's parser takes a fifth of the time and lets threads run."""
+    import pyarrow as pa
+    from pyarrow import json as arrow
+
+    file = Path(path) / METRICS
+    schema = pa.schema([(name, pa.float64()) for name in NUMBERS])
+    options = arrow.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    single = arrow.ReadOptions(use_threads=False)
+    try:
+        table = arrow.read_json(pa.BufferReader(file.read_bytes()), single, options)
+        found = {name: table[name].to_numpy() for name in NUMBERS}
+    except pa.ArrowInvalid:  # a torn last line, or damage that `read_metrics` says better
+        rows = read_metrics(path)
+        found = {n: np.array([row[n] for row in rows], dtype=np.float64) for n in NUMBERS}
+    evaluated = np.flatnonzero(~np.isnan(found["eval_loss"]))
+    step, seconds, *rest = found.values()
+    return Columns(step.astype(np.int64), seconds, evaluated, *(c[evaluated] for c in rest))
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} must be JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {str(content)[:60]!r}")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -138,9 +194,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    """The file has its old content or the new one, whenever this process is killed."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether `path` is what a kill inside `write_atomically` leaves behind."""
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)

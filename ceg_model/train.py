@@ -8,8 +8,8 @@ thread start-up happen there. So no step has to be left out or its time imputed,
 pairs measured seconds with exactly the FLOPs that were done in them.
 
 What a FLOP is. `model_flops` is `ceg_model.flops.model_flops` times the steps done: what the maths
-requires. `executed_flops` adds what the chosen backends recompute or pad; null where
-one does not say.
+requires. `executed_flops` adds what the chosen backends recompute or pad, and the pairs that native
+sparse attention computes and masks; null where a backend does not say.
 
 What makes a run repeatable. Step s draws its data from (seed, s) and its dropout from (seed, s,
 micro-batch), never from what ran before: resuming is exact, arms that share a seed are paired, and
@@ -38,6 +38,7 @@ from ceg_model.data import TokenData
 from ceg_model.device import resolve_device, resolve_dtype
 from ceg_model.flops import masked_flops, model_flops
 from ceg_model.gpt import build_model, parameter_groups
+from ceg_model.loggers import Forward, check
 from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
@@ -56,7 +57,7 @@ def run_id(model_config: GPTConfig, train_config: TrainConfig, data_hash: str) -
     content = {
         "version": RUN_VERSION,
         "model": model_config.to_dict(),
-        "train": train_config.to_dict(),
+        "train": {k: v for k, v in train_config.to_dict().items() if k != "log_to"},
         "data": data_hash,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -100,10 +101,12 @@ def training(
     note: Callable[[str], None] = lambda text: None,
     lockstep: str | None = None,
     donor: str | Path | None = None,
+    label: str = "",
 ) -> Generator[int, None, dict[str, Any]]:
     """`train`, a row at a time: yields the step of each row, and its value is the result.
 
-    For whoever drives several runs in turn; `lockstep`, the name of their group, goes to run.json.
+    For whoever drives several runs in turn; `lockstep`, the name of their group, goes to run.json,
+    and `label`, what people call the run, to its logger.
     The backend is a context variable: each generator must be advanced in a context of its own.
     `donor` is the folder of a shorter run of the same model and rate, whose trunk this run takes
     over where it can (trunk.py).
@@ -115,6 +118,7 @@ def training(
             f"got {model_config.vocab_size}"
         )
     description = run_description(model_config, train_config, data)
+    check(train_config.log_to)
     with ProcessGroup.joined(resolve_device(train_config.device)) as group, ExitStack() as stack:
         if not (Path(run_dir) / RESULT).is_file():  # a backend that is not here makes no folder
             stack.enter_context(use_backend(train_config.backend))
@@ -127,9 +131,10 @@ def training(
         if (finished := group.from_first(finished)) is not None:
             return finished
         trainer = Trainer(model_config, train_config, data, group)
+        forward = stack.enter_context(Forward(train_config.log_to, label, note))
         return (
             yield from trainer.rows(
-                folder, Path(run_dir), description,
+                folder, Path(run_dir), description, forward,
                 progress=progress, stop_at=stop_at, note=note, lockstep=lockstep,
                 donor=None if donor is None else Path(donor),
             )
@@ -186,6 +191,7 @@ class Trainer:
         folder: RunDir | None,
         run_dir: Path,
         description: dict[str, Any],
+        forward: Forward,
         *,
         progress: ProgressFn | None,
         stop_at: int | Callable[[], bool] | None,
@@ -200,6 +206,7 @@ class Trainer:
         if folder is not None:
             folder.write_run({**description, **self._circumstances(folder, step, lockstep)})
             folder.start_metrics(step, donor if grown else None)
+            forward.start(folder.path, description, step)
         if isinstance(stop_at, int) and stop_at <= step < self.config.steps:
             return {"status": "stopped", "id": description["id"], "step": step}
         reason = ""
@@ -212,7 +219,9 @@ class Trainer:
                 row["eval_loss"] = self._evaluate()
                 reason = _not_finite("eval_loss", step, row["eval_loss"])
             if folder is not None:
-                folder.append({k: _finite_or_none(v) for k, v in row.items()})
+                written = {k: _finite_or_none(v) for k, v in row.items()}
+                folder.append(written)
+                forward.row(written)
             if progress is not None:
                 progress(step, self.config.steps, _state(row))
             if reason:
@@ -221,6 +230,7 @@ class Trainer:
             if step == decay_start(self.config):
                 self._save(folder, step, train_s, description["id"], below=TRUNK)
             if stop or self._due(step, self.config.checkpoint_every):
+                forward.flush()
                 self._save(folder, step, train_s, description["id"])
             if stop:
                 return {"status": "stopped", "id": description["id"], "step": step}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
+
+from ceg_model.loggers import PACKAGES
 
 SCHEDULES = ("constant", "wsd", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -19,7 +21,8 @@ class TrainConfig:
     linearly over the last decay_fraction of the steps; wsd and cosine end at min_lr_ratio * lr.
     dtype "auto" is bf16 autocast where the device multiplies bf16 faster than fp32, else fp32.
     backend is what ceg_kernels.use_backend takes. log_every counts the steps of one row, which are
-    timed together: on a GPU more than 1 spares host syncs.
+    timed together: on a GPU more than 1 spares host syncs. log_to names a logger (loggers.py) that
+    gets a copy of each row; it is no part of a run's id, because no number depends on it.
     """
 
     steps: int = 400
@@ -44,6 +47,7 @@ class TrainConfig:
     backend: str | Mapping[str, str] | None = None
     compile: bool = False
     timing_warmup: int = 2
+    log_to: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list, when it comes from JSON
@@ -67,10 +71,12 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
+        if self.log_to is not None and self.log_to not in PACKAGES:
+            raise ValueError(f"log_to must be one of {', '.join(PACKAGES)}, got {self.log_to!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **asdict(self),
+            **vars(self),
             "betas": list(self.betas),
             "backend": dict(self.backend) if isinstance(self.backend, Mapping) else self.backend,
         }

@@ -144,6 +144,23 @@ def test_attention_multiplies_on_tensor_cores_what_asynchronous_copies_bring():
             assert instruction in body, f"{symbol} has no {instruction}"
 
 
+def test_attention_for_hopper_multiplies_by_warpgroups_what_the_copy_engine_brings():
+    """wgmma, TMA, setmaxnreg; a wait that leaves a group of products running is a wait that the
+    compiler did not make serial."""
+    if "sm_90a" not in archs():
+        pytest.skip("built without sm_90a")
+    ours = [u for u in shipped() if "attention_sm90_fwd_kernel" in u.symbol and u.arch == "sm_90a"]
+    assert len(ours) == 8  # two types, two head_dims, plain logits or any
+    assert all(u.registers == 65536 // 384 // 8 * 8 for u in ours)
+    bodies = machine_code(str(native._C.__file__), "sm_90a", {u.symbol for u in ours})
+    for symbol, body in bodies.items():
+        of_output = "64x64x16" if "Li64E" in symbol else "64x128x16"
+        wanted = ["HGMMA.64x128x16.F32", f"HGMMA.{of_output}.F32", "WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+        for instruction in (*wanted, "UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "SYNCS.PHASECHK"):
+            assert instruction in body, f"{symbol} has no {instruction}"
+        assert " HMMA." not in body, f"{symbol} multiplies by warps"
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 def test_a_kernel_that_spills_is_seen(tmp_path):
     source = tmp_path / "spills.cu"

@@ -1,90 +1,25 @@
 """The report renders from results.json alone, needs nothing from elsewhere, and says what it must.
 
-Left out: how it looks; that is checked by eye in a browser.
+Left out: how it looks in a browser, which is test_report_browser.py's.
 """
 
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ceg_model.study import words
+from ceg_kernels.measure import svg
+from ceg_model.study import plots, plots_gain, plots_loss, plots_sweep, verdicts, words
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Key, make_curve
 from ceg_model.study.estimate import estimate
+from ceg_model.study.plots_parts import interaction_steps, pieces, shapley_steps
+from ceg_model.study.plots_style import spread
 from ceg_model.study.report import render, write_report
-
-ARMS = {
-    "baseline": (1.0, 1.0),
-    "layer_norm": (1.9, 0.97),
-    "rope": (1.35, 0.93),
-    "flash_attention": (1.0, 1.32),
-    "ln_rope_fa": (3.3, 1.14),
-    "mqa": (0.72, 1.02),
-    "moe": (1.25, 0.6),
-}
-TITLES = {"ln_rope_fa": "LN + RoPE + FA", "layer_norm": "LayerNorm <b>"}
-
-
-def synthetic(seeds=2, arms=ARMS, noise=0.002):
-    """A study whose gains are known, in the shape of results.json."""
-    rng = np.random.default_rng(3)
-    curves = []
-    for scale, size in (("S", 1.0), ("M", 3.3), ("L", 10.0)):
-        flops = np.arange(1, 41) * 4e10 * size
-        for seed in range(seeds):
-            for arm, (g_alg, g_hw) in arms.items():
-                loss = 1.2 + 60 * (g_alg * flops * (1 + 0.01 * seed)) ** -0.14
-                if arm != "flash_attention":
-                    loss = loss + rng.normal(0, noise, flops.size)
-                curves.append(
-                    make_curve(
-                        Key(arm, scale, str(seed)),
-                        flops,
-                        loss,
-                        seconds=flops / (7e10 * g_hw),
-                        lr=np.full(40, 2e-3),
-                    )
-                )
-    options = Options(
-        same_maths=frozenset({"flash_attention"}),
-        bundles={"ln_rope_fa": ("layer_norm", "rope", "flash_attention")},
-        untuned=True,
-    )
-    row = {
-        "op": "attention", "direction": "fwd", "dtype": "float32", "shape": "T256",
-        "intensity": 40.0, "gflops": 60.0, "roof_fraction": 0.4, "bound": "compute",
-        "max_error_over_slack": 0.3, "status": "ok",
-    }  # fmt: skip
-    bench = [
-        row | {"backend": "cpu", "peer": None, "median_s": 1e-3},
-        row | {"backend": "torch", "peer": "torch", "median_s": 2e-3, "gflops": 30.0},
-        row | {"backend": "reference", "peer": "reference", "median_s": 5e-3, "gflops": 12.0},
-    ]
-    time = {"median_s": 0.01}
-    return {
-        "title": "Study nano",
-        "subtitle": "A GPT without norm, and six changes to it.",
-        "chips": ["CPU", "2 seeds"],
-        "titles": TITLES,
-        "complete": {"planned": len(curves), "done": len(curves), "failed": []},
-        "curves": [
-            {
-                "arm": c.key.arm, "scale": c.key.scale, "seed": c.key.seed,
-                "flops": c.flops.tolist(), "loss": c.loss.tolist(), "seconds": c.seconds.tolist(),
-            }
-            for c in curves
-        ],
-        "estimate": estimate(curves, options),
-        "hardware": {"L": {"rope": {"against_reference": 0.93, "against_torch": 0.8}}},
-        "throughput": {"L": {"arms": {"rope": {"study": time, "torch": time, "ours": time}}}},
-        "bench": bench,
-        "roofs": {"flops": {"float32": 1.2e11}, "copy_bytes_per_s": 2e10, "threads": 2},
-        "limits": ["Nothing is tuned."],
-        "provenance": {"commit": "abc", "data": "def"},
-    }  # fmt: skip
+from tests.report_data import ARMS, MORE_ARMS, endpoints, within_runs
 
 
 class Page(HTMLParser):
@@ -106,7 +41,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page():
-    return render(synthetic())
+    return render(within_runs())
 
 
 def test_page_is_self_contained(page):
@@ -124,10 +59,12 @@ def test_ids_are_unique_and_references_resolve(page):
 
 
 def test_every_plot_is_there_and_follows_the_theme(page):
-    assert page.count("<svg") == 3 * 4 + 2 + 1  # flops, seconds, bars, range; scales, aa; roofline
-    assert page.count('role="img"') == page.count("<svg")
+    found = Page(page)
+    # By scale: loss twice, range, bars, bundle; a trend an arm; A/A, roofline, shares.
+    assert page.count('role="img"') == 3 * 5 + 6 + 3
+    assert found.tags.count("figure") == page.count('role="img"')
     assert "var(--ink)" in page
-    assert "#010203" not in page
+    assert not re.search("#0[0-9a-f]0|#1[0-9a-f]1", re.sub(r"--[a-z0-9]+: #\w+", "", page))
 
 
 def test_numbers_and_words_are_in_the_page(page):
@@ -136,16 +73,20 @@ def test_numbers_and_words_are_in_the_page(page):
     assert "≤" in page  # MQA never reaches the target
     assert "LayerNorm &lt;b&gt;" in page
     assert words.FLAGS["untuned"] in page.replace("&#39;", "'")
+    assert "No learning rate was swept, so there is no sweep to show." in page
 
 
 def test_flags_all_have_words():
-    for flag in ("censored", "untuned", "plateau", "no_ci", "identity_failed", "aa_failed"):
+    for flag in ("censored", "untuned", "plateau", "no_ci", "identity_failed", "aa_failed",
+                 "peak_unknown", "mfu_above_1", "unexplained"):  # fmt: skip
         assert flag in words.FLAGS
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_json_twin(tmp_path, seeds):
-    results = synthetic(seeds)
+FEW = {"baseline": (1.0, 1.0), "rope": (1.002, 1.0)}
+
+
+def test_json_twin_of_one_seed(tmp_path):
+    results = within_runs(seeds=1, arms=FEW, scales={"S": 1.0})
     path = write_report(results, tmp_path / "report")
     assert path.read_text().startswith("<!doctype html>")
     twin = json.loads((tmp_path / "report" / "results.json").read_text())
@@ -154,7 +95,7 @@ def test_json_twin(tmp_path, seeds):
 
 
 def test_incomplete_and_refused_study_renders():
-    results = synthetic()
+    results = within_runs(arms=FEW)
     results["complete"] = {
         "planned": 42, "done": 41,
         "failed": [{"arm": "moe", "scale": "L", "seed": 0, "reason": "loss is nan"}],
@@ -171,18 +112,148 @@ def test_incomplete_and_refused_study_renders():
     page = render(results)
     assert "This study is not complete" in page
     assert "loss is nan" in page
-    assert "no number, because" in page
+    assert "no number for its worth in compute" in page
+    assert "What RoPE is worth: target 0.1000 is reached by neither arm" in page
+
+
+def test_a_plot_without_its_input_says_so_in_one_sentence():
+    results = endpoints(seeds=1, arms={a: ARMS[a] for a in ("baseline", "rope")}, budgets=3)
+    for key in ("sweeps", "bench", "roofs", "hardware"):
+        results.pop(key)
+    for key in ("shapley", "fit", "class_hw"):
+        results["estimate"].pop(key)
+    for curve in results["curves"]:
+        del curve["seconds"], curve["lr"]
+    results["estimate"]["aa"] = {"passed": None, "reason": "1 seed, 2 needed"}
+    drawn = plots.draw(results)
+    missing = {name for name, plot in drawn.items() if not plot.panels}
+    assert missing == {"seconds", "bundles", "roofline", "kernels", "mfu", "aa", "sweeps"}
+    assert all(drawn[name].why.count(".") == 1 for name in missing)
+    assert not any(plot.why for name, plot in drawn.items() if name not in missing)
+    assert "1 seed, 2 needed" in drawn["aa"].why
+
+
+def test_pieces_of_a_bar_add_up_to_the_time_gain():
+    results = endpoints(seeds=1, budgets=3)
+    for arm, answer in results["estimate"]["arms"].items():
+        for scale, cell in answer["scales"].items():
+            found = pieces(results, arm, scale)
+            if cell["g_time"]:
+                assert sum(found.values()) == pytest.approx(np.log(cell["g_time"]))
+                assert found["residual"] == pytest.approx(np.log(1.004))
+    split = pieces(results, "bf16", "S")
+    assert split["peak"] == pytest.approx(np.log(1.25))
+    assert split["MFU"] == pytest.approx(np.log(1.6 / 1.25))
+    assert "hardware" not in split
+    del results["hardware"]
+    assert pieces(results, "bf16", "S")["hardware"] == pytest.approx(np.log(1.6))
+
+
+def test_waterfalls_end_at_the_bundle():
+    shares = shapley_steps(endpoints(seeds=1, budgets=3), "ln_rope_fa", "M")
+    assert [step.kind for step in shares] == ["share"] * 3 + ["whole"]
+    assert sum(step.log for step in shares[:-1]) == pytest.approx(shares[-1].log)
+    results = within_runs()
+    steps = interaction_steps(results, "ln_rope_fa", "L")
+    assert [step.kind for step in steps] == ["single"] * 3 + ["interaction", "whole"]
+    assert sum(step.log for step in steps[:-1]) == pytest.approx(steps[-1].log, abs=1e-6)
+    whole = results["estimate"]["arms"]["ln_rope_fa"]["scales"]["L"]["g_alg"]
+    assert steps[-1].log == pytest.approx(np.log(whole))
+    # Read at another target, the bundle's gain is not what its parts and the interaction make.
+    results["estimate"]["arms"]["ln_rope_fa"]["scales"]["L"]["g_alg"] = 2 * whole
+    assert interaction_steps(results, "ln_rope_fa", "L") == []
+
+
+def test_what_was_not_decided_stands_apart_from_what_was_found():
+    results = endpoints(seeds=1, budgets=3)
+    answers = results["estimate"]["arms"]
+    answers["swiglu"]["mean_over_scales"] |= {"g_alg": 1.02, "ci": [0.97, 1.07]}
+    results["estimate"]["aa"]["passed"] = False
+    found, still_open = verdicts.found(results), verdicts.undecided(results)
+    text = "\n".join(found)
+    assert "RoPE: worth 1.35× the compute (1.30 to 1.40) as the mean of 3 scales; 0.93×" in text
+    assert "LayerNorm <b>: worth 1.90×" in text
+    assert "its gain in compute grows with compute, from 1.10× to 1.30×" in text
+    assert "FlashAttention: the same loss for the same FLOPs, measured; 1.32×" in text
+    assert "Multi-query attention: worth at most 0.90× in compute at scale L" in text
+    assert "SwiGLU: no gain or loss in compute shown" in text
+    assert "of its 3.10× at scale L come from LayerNorm <b> 1.86×, RoPE 1.67×" in text
+    starts = ["Whether any gain here is real", "How much exactly Multi-query attention is worth",
+              "Whether SwiGLU is worth any compute as the mean of 3 scales: 1.02× was measured",
+              "Whether bf16 is worth any compute as the mean of 3 scales: 0.99× was measured",
+              "What qk_norm is worth: loss of seed 1 is not finite",
+              "Whether the gain of Multi-query attention grows with compute",
+              "The best learning rate of Mixture of experts at scale L",
+              "The loss that more compute would lead to (L)",
+              "Where 8% of the step time of Mixture of experts at scale L"]  # fmt: skip
+    for start in starts:
+        assert sum(line.startswith(start) for line in still_open) == 1, start
+    assert len(still_open) == len(starts)
 
 
 def test_an_interval_that_holds_1_is_no_gain():
-    curves = synthetic(arms={"baseline": (1.0, 1.0), "rope": (1.002, 1.0)}, noise=0.004)
-    sentence = words.verdict("RoPE", curves["estimate"]["arms"]["rope"])
-    assert "no gain or loss in compute shown: 1.0" in sentence
+    curves = within_runs(arms=FEW, noise=0.004)
+    answer = curves["estimate"]["arms"]["rope"]
+    sentence = verdicts.verdict("RoPE", answer)
+    assert "no gain or loss in compute shown as the mean of 3 scales" in sentence
     assert "as many model FLOPs a second at scale L" in sentence
+    one = verdicts.verdict("RoPE", answer | {"ci": None, "mean_over_scales": None})
+    assert "(one seed, no interval) at scale L" in one
+
+
+def test_a_rate_on_the_edge_is_shown_as_such():
+    results = endpoints(seeds=1, budgets=3)
+    sweeps = plots_sweep.sweeps(results)
+    marked = [arm for arm, svg in zip(sweeps.arms, sweeps.panels, strict=True) if ">edge<" in svg]
+    assert marked == ["moe"]
+    results["sweeps"] = [s | {"points": s["points"][-1:]} for s in results["sweeps"]]
+    assert plots_sweep.sweeps(results).why  # a single rate is no sweep
+
+
+def test_power_laws_are_dashed_and_bounds_hollow():
+    results = endpoints(seeds=1, arms={a: MORE_ARMS[a] for a in ("baseline", "mqa")}, budgets=3)
+    dashed = "stroke-dasharray: 5,3"
+    assert plots_loss.losses(results, "flops").panels[0].count(dashed) == 2
+    results["estimate"]["fit"] = {"S": {"reason": "3 budgets are needed"}}
+    assert dashed not in plots_loss.losses(results, "flops").panels[0]
+    hollow = "fill: var(--paper); stroke: var(--c0)"
+    assert hollow in plots_gain.trends(results).panels[0]
+    results["estimate"]["arms"]["mqa"]["scales"].pop("L")
+    assert hollow not in plots_gain.trends(results).panels[0]
+
+
+def test_labels_are_moved_apart_and_no_further():
+    wanted = np.array([0.5, 0.9, 0.51, 0.1, 0.52])
+    places = spread(wanted, 0.1)
+    assert (np.argsort(places) == np.argsort(wanted)).all()
+    assert np.diff(np.sort(places)).min() == pytest.approx(0.1)
+    assert places[[1, 3]].tolist() == [0.9, 0.1]
+    assert places.mean() == pytest.approx(wanted.mean())
+
+
+def test_colours_of_the_series_stand_out_on_both_papers():
+    css = (Path(svg.__file__).parent / "templates" / "page.css").read_text()
+    values = re.findall(r"--(paper|c\d): (#\w{6})", css)
+    half = len(values) // 2
+    for theme in (values[:half], values[half:]):
+        paper, *series = [luminance(value) for _, value in theme]
+        assert len(series) == len(svg.SERIES)
+        for other in series:
+            low, high = sorted((paper, other))
+            assert (high + 0.05) / (low + 0.05) >= 3  # WCAG 2.2, 1.4.11
+
+
+def luminance(colour):
+    """WCAG's relative luminance of #rrggbb."""
+    parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def test_number_words():
     assert (words.gain(None), words.gain(1.234), words.gain(130.1)) == ("–", "1.23×", "130×")
     assert words.si(2.5e10, "FLOP") == "25 GFLOP"
-    assert words.seconds(0.0021) == "2.1 ms"
+    assert (words.seconds(0.0021), words.seconds(-0.0021)) == ("2.1 ms", "-2.1 ms")
     assert words.interval([0.95, 1.1]) == "0.95 to 1.10"
+    assert (words.percent(None), words.percent(0.3149)) == ("–", "31.5%")
+    assert words.joined(["a", "b", "c"]) == "a, b and c"

@@ -262,8 +262,8 @@ def test_estimate_command(tmp_path, capsys):
     assert "G_alg 2.00" in capsys.readouterr().out
     assert cli.main(["estimate", str(path), "--target", "0.1"]) == 0  # a refusal is an answer
     assert "reached by neither arm" in capsys.readouterr().out
-    assert cli.main(["estimate", str(path), "--mode", "endpoint"]) == 2
-    assert "endpoint mode is not built yet" in capsys.readouterr().err
+    assert cli.main(["estimate", str(path), "--mode", "endpoint"]) == 0
+    assert "got 1" in capsys.readouterr().out  # budget, three needed
     path.write_text("arm,flops,loss\nbaseline,1,x\n")
     assert cli.main(["estimate", str(path)]) == 2
     assert "c.csv line 2, column 'loss': expected a number, got 'x'" in capsys.readouterr().err

@@ -143,14 +143,14 @@ def _draw_roofs(panel: Axes, rows: Sequence[Row], bandwidth: float | None, ink: 
         panel.plot([low, ridge], [bandwidth * low, bandwidth * ridge], color=ink, lw=1.4, zorder=2)
         # Along the line and above it, where no measured point can stand.
         panel.text(
-            low, bandwidth * low, f" {bandwidth:.3g} GB/s", fontsize=8, color=ink, va="bottom",
+            low, bandwidth * low, f" {bandwidth:.3g} GB/s", fontsize=8.6, color=ink, va="bottom",
             rotation=math.degrees(math.atan(bandwidth)), rotation_mode="anchor",
             transform_rotates_text=True,
         )  # fmt: skip
     if top is not None:
         start = low if bandwidth is None else min(high, top / bandwidth)
         panel.plot([start, high], [top, top], color=ink, lw=1.4, zorder=2)
-        panel.annotate(f"{top:.0f} GFLOP/s", (high, top), fontsize=8, color=ink, ha="right",
+        panel.annotate(f"{top:.0f} GFLOP/s", (high, top), fontsize=8.6, color=ink, ha="right",
                        xytext=(0, 4), textcoords="offset points")  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Matplotlib figures as SVG to be pasted into a page: real text, colours of the page's theme.
 
-Matplotlib knows no CSS variables, so ink, grid and paper are drawn in marker colours that no
-palette holds, and replaced in the text of the SVG. Ids get the figure's name, so that many can
-share a page.
+Matplotlib knows no CSS variables, so what depends on the page's theme is drawn in marker colours
+that no palette holds, and replaced in the text of the SVG. Ids get the figure's name, so that many
+can share a page; an artist whose gid starts with `arm-` gets it as a class, for the page's styles.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK, FAINT, PAPER = "#010203", "#040506", "#070809"
-_THEME = {INK: "var(--ink)", FAINT: "var(--grid)", PAPER: "var(--paper)"}
+INK, FAINT, PAPER, SOFT = "#010203", "#040506", "#070809", "#0a0b0c"
+ALG, HW, BAD = "#0d0e0f", "#101112", "#131415"
+# Lines and markers of a plot: told apart by people with any colour vision, on light and dark.
+SERIES = ("#161718", "#191a1b", "#1c1d1e", "#1f2021", "#222324", "#252627")
+_THEME = {
+    INK: "var(--ink)", FAINT: "var(--grid)", PAPER: "var(--paper)", SOFT: "var(--soft)",
+    ALG: "var(--alg)", HW: "var(--hw)", BAD: "var(--bad)",
+    **{colour: f"var(--c{i})" for i, colour in enumerate(SERIES)},
+}  # fmt: skip
 WIDTH, HEIGHT = 4.4, 3.2  # inches; a panel stays readable at the width of a phone
 
 _STYLE: Any = {
@@ -51,15 +58,33 @@ _STYLE: Any = {
 }
 
 
+def css(colour: str) -> str:
+    """What stands for a colour in the page's own styles: its variable, or the colour itself."""
+    return _THEME.get(colour, colour)
+
+
 def panel(
-    name: str, title: str, draw: Callable[[Axes], Any], *, height: float = HEIGHT, label: str = ""
+    name: str,
+    title: str,
+    draw: Callable[[Axes], Any],
+    *,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    label: str = "",
+    note: str = "",
 ) -> str:
-    """One panel as an <svg> element; `draw` fills its axes."""
+    """One panel as an <svg> element; `draw` fills its axes. Sizes in inches.
+
+    `note` stands between title and axes; `label` is what a screen reader says for all of it.
+    """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_title(title)
+        axes.set_title(title, pad=19 if note else None)
+        if note:
+            axes.annotate(note, (0, 1), (0, 5), xycoords="axes fraction", color=SOFT,
+                          textcoords="offset points", annotation_clip=False)  # fmt: skip
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(text.getvalue(), name, label or title)
@@ -68,11 +93,14 @@ def panel(
 def _inline(svg: str, name: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="(arm-[^"]*)"', r'class="\1"', svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(xlink:)?href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     for marker, variable in _THEME.items():
         svg = svg.replace(marker, variable)
+    # A hundredth of a point is more than a screen shows.
+    svg = re.sub(r'\b(d|x|y)="[^"]*"', _rounded, svg)
     # The page's own font and width apply; a namespace is implied in HTML.
     svg = re.sub(r'\s?xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
@@ -83,3 +111,7 @@ def _inline(svg: str, name: str, label: str) -> str:
         f'<svg {box.group(0)} role="img" aria-label="{label}" preserveAspectRatio="xMidYMid meet">'
     )
     return head + svg[svg.index(">") + 1 :].strip()
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute.group(0))

@@ -1,6 +1,7 @@
-"""Cells, their targets and what makes a whole cell untrustworthy.
+"""The options; the cells of crossing and slope mode, their targets, what makes one untrustworthy.
 
-A *cell* is one scale and budget: arms are compared inside a cell, seed by seed.
+A *cell* is one scale and budget: arms are compared inside a cell, seed by seed. (In endpoint mode a
+cell holds all budgets of a scale: see endpoint.py.)
 
 Target of a cell, unless one is given: the baseline's running minimum at 80% of its compute, that of
 its worst seed, so that every seed gets there with room to spare. At the very end the target would
@@ -9,8 +10,9 @@ be the extreme of the baseline's own noise, and an arm that is equal would miss 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from ceg_model.mfu import check_dense
 from ceg_model.study.crossing import NOISE, loss_at, noise_sd, rise
 from ceg_model.study.curves import Curve, CurveError
 
-MODES = ("crossing", "slope")
+MODES = ("endpoint", "crossing", "slope")
 TARGET_FRACTION = 0.8
 
 
@@ -31,13 +33,28 @@ class Options:
     baseline: str = "baseline"
     target: float | None = None
     target_at_flops: float | None = None
-    mode: str = "crossing"
+    mode: str | None = None  # endpoint where the curves allow it, else crossing
     peak_flops: float | None = None
     same_maths: frozenset[str] = frozenset()
     bundles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # From a throughput benchmark: scale -> arm -> F_v / F_b. Else F comes from the runs themselves.
     hardware: Mapping[str, Mapping[str, float]] | None = None
-    untuned: bool = False
+    # True, or (scale, arm) -> why its learning rate is not tuned: the optimum lay on the sweep's
+    # edge, or of two arms only one was swept. The baseline's own entry taints all arms there.
+    untuned: bool | Mapping[tuple[str, str], str] = False
+    fit: bool = True  # power laws for plots, in endpoint mode; they take seconds
+
+    def why_untuned(self, scales: Iterable[str], arm: str) -> list[str] | None:
+        """Reasons, [] where none was given, None where the arm and the baseline are tuned."""
+        if isinstance(self.untuned, bool):
+            return [] if self.untuned else None
+        pairs = [(scale, name) for scale in scales for name in (self.baseline, arm)]
+        found = [
+            f"{name}{f' at scale {scale}' if scale else ''}: {self.untuned[scale, name]}"
+            for scale, name in pairs
+            if (scale, name) in self.untuned
+        ]
+        return found or None
 
 
 @dataclass
@@ -51,26 +68,45 @@ class Cell:
     flags: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
 
+    @property
+    def arms(self) -> list[str]:
+        return list(self.curves)
 
-def make_cells(curves: Sequence[Curve], options: Options) -> list[Cell]:
-    if options.mode not in MODES:
-        extra = " (endpoint mode is not built yet)" if options.mode == "endpoint" else ""
-        raise OptionError(f"mode must be one of {', '.join(MODES)}, got {options.mode!r}{extra}")
+    @property
+    def scales(self) -> list[str]:
+        return list(dict.fromkeys(c.key.scale for s in self.curves.values() for c in s.values()))
+
+    def most_flops(self, arm: str) -> float:
+        runs = self.curves.get(arm, {}).values()
+        return max((float(c.flops.max(initial=0)) for c in runs), default=0.0)
+
+
+def check_options(curves: Sequence[Curve], options: Options) -> None:
+    """Raises OptionError, and CurveError where two curves have one key."""
+    if options.mode is not None and options.mode not in MODES:
+        raise OptionError(f"mode must be one of {', '.join(MODES)}, got {options.mode!r}")
     names = list(dict.fromkeys(c.key.arm for c in curves))
     if options.baseline not in names:
         raise OptionError(f"--baseline must be one of {', '.join(names)}, got {options.baseline!r}")
     if options.peak_flops is not None:
         check_dense(options.peak_flops)
+    seen = set()
+    for curve in curves:
+        if curve.key in seen:
+            raise CurveError(
+                f"expected one curve for each arm, scale, budget and seed, got two {curve.key}"
+            )
+        seen.add(curve.key)
+
+
+def make_cells(curves: Sequence[Curve], options: Options) -> list[Cell]:
     cells: dict[str, Cell] = {}
     for curve in curves:
         name = "/".join(part for part in (curve.key.scale, curve.key.budget) if part)
         cell = cells.setdefault(name, Cell(name, {}))
-        seeds = cell.curves.setdefault(curve.key.arm, {})
-        if curve.key.seed in seeds:
-            raise CurveError(
-                f"expected one curve for each arm, scale and seed, got two {curve.key}"
-            )
-        seeds[curve.key.seed] = curve
+        cell.curves.setdefault(curve.key.arm, {})[curve.key.seed] = curve
+    for cell in cells.values():
+        choose_target(cell, options)
     return list(cells.values())
 
 
@@ -94,7 +130,7 @@ def choose_target(cell: Cell, options: Options) -> None:
         cell.target = options.target
         final = float(np.mean([c.loss[-1] for c in base]))
         if rises and abs(options.target - final) < max(noise_sd(c) or 0.0 for c in base):
-            _refuse_risen(cell, final, lowest)
+            refuse_risen(cell, final, lowest)
     else:
         at = [loss_at(c, TARGET_FRACTION * c.flops[-1], best=True) for c in base]
         cell.target = max(at)
@@ -118,10 +154,16 @@ def _target_at(cell: Cell, base: list[Curve], flops: float) -> None:
         for r, b, c in zip(raw, best, base, strict=True)
     ]
     if any(above):
-        _refuse_risen(cell, cell.target, max(best))
+        refuse_risen(cell, cell.target, max(best))
 
 
-def _refuse_risen(cell: Cell, risen: float, minimum: float) -> None:
+class Refusable(Protocol):
+    offer: float | None
+    flags: list[str]
+    refusals: list[str]
+
+
+def refuse_risen(cell: Refusable, risen: float, minimum: float) -> None:
     cell.flags.append("rising_baseline")
     cell.offer = minimum
     cell.refusals.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,101 +11,48 @@ import numpy as np
 from ceg_model.data import TokenData
 from ceg_model.rundir import read_json
 from ceg_model.study.cells import Options
-from ceg_model.study.curves import Curve, Key
+from ceg_model.study.curves import Curve
 from ceg_model.study.estimate import estimate
+from ceg_model.study.gather import Gathered, gather
 from ceg_model.study.hardware import rates, split
 from ceg_model.study.innovations import INNOVATIONS, is_same_maths, kernel_ops
+from ceg_model.study.machine import BENCH, ROOFS
 from ceg_model.study.plan import Plan
-from ceg_model.study.schedule import Index, Schedule, Tuning, schedule
-from ceg_model.study.store import FIRST_FAILURE, Store
-
-BENCH, ROOFS = "bench.json", "roofs.json"
+from ceg_model.study.schedule import Tuning
 
 
 def collect(folder: str | Path) -> dict[str, Any]:
     """Everything that the report shows. Raises ValueError where `folder` holds no study."""
-    store = Store(folder)
-    study = store.study()
-    if study is None:
-        raise ValueError(f"DIR must be a study's folder, got {folder}, which has no study.json")
-    plan = Plan.from_dict(study["plan"])
-    data = TokenData(study["data_dir"], verify=False)
-    index = store.index()
-    found = schedule(
-        plan,
-        study["ours"],
-        data_hash=data.hash,
-        vocab_size=data.vocab_size,
-        index=index,
-        failed_for_good=store.failed_twice,
-    )
-    specs = list(found.finals().items())
-    left_out = _unbalanced(plan, found, index)
-    curves: list[Curve] = []
-    failed = []
-    clocks = store.clocks(run for run, _ in specs if index.get(run, {}).get("status") == "done")
-    for run, spec in specs:
-        result = index.get(run, {"status": "unfinished"})
-        if result["status"] == "failed":
-            again = (store.path(run) / FIRST_FAILURE).exists()
-            failed.append(
-                {"arm": spec.arm, "scale": spec.scale, "seed": spec.seed, "budget": spec.budget}
-                | {"reason": result["reason"] + (" (twice)" if again else "")}
-            )
-        elif result["status"] == "done" and (spec.scale, spec.seed) not in left_out:
-            budget = f"{spec.budget:g}" if len(plan.budgets) > 1 else ""
-            key = Key(spec.arm, spec.scale, str(spec.seed), budget)
-            curve = store.curve(run, key, clocks.get(run))
-            curves += [curve] if curve is not None else []
-    order = {scale.name: i for i, scale in enumerate(plan.scales)}
-    curves.sort(
-        key=lambda c: (
-            order[c.key.scale], plan.arms.index(c.key.arm), c.key.seed, float(c.key.budget or 1)
-        )
-    )  # fmt: skip
-    if not any(c.key.arm == plan.baseline for c in curves):
+    got = gather(folder)
+    plan, study, store = got.plan, got.study, got.store
+    if not any(c.key.arm == plan.baseline for c in got.curves):
         raise ValueError(f"{folder} must hold a finished run of the baseline, got none yet")
     timings = {s.name: t for s in plan.scales if (t := store.throughput(s.name)) is not None}
     roofs = read_json(store.folder / ROOFS)
-    hardware = split(plan, timings, rates(plan, specs, clocks, study["ours"]), roofs)
-    answer = estimate(curves, _options(plan, hardware, roofs))
+    finals = list(got.found.finals().items())
+    hardware = split(plan, timings, rates(plan, finals, got.clocks, study["ours"]), roofs)
+    answer = estimate(got.curves, _options(got, hardware, roofs))
     _mark_other_kernels(answer, study["ours"])
-    planned = {**found.pending, **found.runs}
-    done = sum(index.get(run, {}).get("status") == "done" for run in planned)
+    planned = {**got.found.pending, **got.found.runs}
+    done = sum(got.index.get(run, {}).get("status") == "done" for run in planned)
     return {
         "title": f"The {plan.name} study",
         "subtitle": _subtitle(plan),
         "chips": _chips(plan, study),
         "titles": {arm: INNOVATIONS[arm].title for arm in plan.arms},
-        "complete": {"planned": len(planned), "done": done, "failed": failed},
-        "left_out": [{"scale": scale, "seed": seed} for scale, seed in sorted(left_out)],
-        "sweeps": [_sweep(tuning) for tuning in found.tunings],
+        "complete": {"planned": len(planned), "done": done, "failed": got.failed},
+        "left_out": [{"scale": scale, "seed": seed} for scale, seed in sorted(got.left_out)],
+        "sweeps": [_sweep(tuning) for tuning in got.found.tunings],
         "plan": study["plan"],
         "estimate": answer,
         "hardware": hardware,
         "throughput": timings,
-        "curves": [_curve(c) for c in curves],
+        "curves": [_curve(c, timings) for c in got.curves],
         "bench": (read_json(store.folder / BENCH) or {}).get("rows", []),
         "roofs": roofs,
         "limits": _limits(plan, answer, study["ours"]),
-        "provenance": _provenance(plan, study, data, curves),
+        "provenance": _provenance(plan, study, got.data, got.curves),
     }
-
-
-def _unbalanced(plan: Plan, found: Schedule, index: Index) -> set[tuple[str, int]]:
-    """(scale, seed) in which an arm has runs to come: all arms are compared on the same seeds.
-
-    Nothing is left out while no scale has a seed that is whole: then the report is a preview.
-    """
-    if len(plan.budgets) == 1:
-        return set()
-    blocks: dict[tuple[str, int], bool] = {}
-    for run, spec in [*found.finals().items(), *found.pending.items()]:
-        over = index.get(run, {}).get("status") in ("done", "failed")
-        block = (spec.scale, spec.seed)
-        blocks[block] = blocks.get(block, True) and over
-    whole = {block for block, over in blocks.items() if over}
-    return set(blocks) - whole if whole else set()
 
 
 def _sweep(tuning: Tuning) -> dict[str, Any]:
@@ -122,7 +70,14 @@ def _sweep(tuning: Tuning) -> dict[str, Any]:
     }
 
 
-def _options(plan: Plan, hardware: dict[str, Any], roofs: dict[str, Any] | None) -> Options:
+def _untuned(got: Gathered) -> bool | dict[tuple[str, str], str]:
+    if got.plan.sweep is None:
+        return True
+    return {(t.scale, t.arm): t.choice.reason for t in got.found.tunings if not t.choice.inside}
+
+
+def _options(got: Gathered, hardware: dict[str, Any], roofs: dict[str, Any] | None) -> Options:
+    plan = got.plan
     dtype = plan.train.get("dtype", "auto")
     return Options(
         peak_flops=(roofs or {}).get("flops", {}).get(dtype),
@@ -133,7 +88,7 @@ def _options(plan: Plan, hardware: dict[str, Any], roofs: dict[str, Any] | None)
             scale: {arm: gains["against_reference"] for arm, gains in arms.items()}
             for scale, arms in hardware.items()
         },
-        untuned=plan.sweep is None,
+        untuned=_untuned(got),
     )
 
 
@@ -144,8 +99,12 @@ def _mark_other_kernels(answer: dict[str, Any], ours: dict[str, str | None]) -> 
                 part["flags"] = [*part["flags"], "not_our_kernel"]
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
-    assert curve.seconds is not None
+def _curve(curve: Curve, timings: dict[str, Any]) -> dict[str, Any]:
+    """`seconds` are those of the run, or else what its FLOPs take at the arm's timed rate."""
+    seconds = curve.seconds
+    timed = timings.get(curve.key.scale, {"arms": {}})["arms"].get(curve.key.arm)
+    if seconds is None and timed is not None:
+        seconds = curve.flops * (timed["study"]["median_s"] / timed["model_flops"])
     return {
         "arm": curve.key.arm,
         "scale": curve.key.scale,
@@ -154,7 +113,7 @@ def _curve(curve: Curve) -> dict[str, Any]:
         "lr": None if curve.lr is None else float(curve.lr.max()),
         "flops": curve.flops.tolist(),
         "loss": curve.loss.tolist(),
-        "seconds": curve.seconds.tolist(),
+        "seconds": None if seconds is None else seconds.tolist(),
     }
 
 
@@ -167,7 +126,7 @@ def _subtitle(plan: Plan) -> str:
     )
 
 
-def _chips(plan: Plan, study: dict[str, Any]) -> list[str]:
+def _chips(plan: Plan, study: Mapping[str, Any]) -> list[str]:
     environment = study["environment"]
     return [
         environment["device"],
@@ -183,6 +142,12 @@ def _limits(plan: Plan, answer: dict[str, Any], ours: dict[str, str | None]) -> 
         lines.append(
             "No learning rate was swept: every arm runs at the baseline's. An arm that would train "
             "better at another rate is worth more than is said here."
+        )
+    if plan.fast_curves:
+        lines.append(
+            "The curves of all arms but the baseline and its kernels were trained with our fastest "
+            "kernels, since model FLOPs do not depend on them. G_hw was timed apart, step by step, "
+            "with each arm's own kernels; time gains are G_alg times that, not measured by a clock."
         )
     if len(plan.seeds) < 3:
         lines.append(
@@ -218,7 +183,7 @@ def _limits(plan: Plan, answer: dict[str, Any], ours: dict[str, str | None]) -> 
 
 
 def _provenance(
-    plan: Plan, study: dict[str, Any], data: TokenData, curves: list[Curve]
+    plan: Plan, study: Mapping[str, Any], data: TokenData, curves: list[Curve]
 ) -> dict[str, str]:
     environment = study["environment"]
     git = environment["git"]

@@ -1,8 +1,9 @@
-"""The subcommands `ceg study run`, `ceg study report`, `ceg estimate` and `ceg demo`."""
+"""The subcommands `ceg study run`, `report` and `export`, `ceg estimate` and `ceg demo`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -26,17 +27,25 @@ def _add_study(subparsers: Any) -> None:
         "plan",
         metavar="PLAN",
         help="nano (minutes on two cores), cpu-ladder (hours on two cores), precision (is bf16 "
-        "free?), smoke (seconds), h200-ladder, paper-compact, paper-full (GPUs)",
+        "free?), kernels (is each equal to its twin?), smoke (seconds); for GPUs h200-ladder, "
+        "paper-compact, paper-full",
     )
     run.add_argument("--out", required=True, metavar="DIR", help="the study's folder")
     run.add_argument("--data", metavar="DIR", help=f"token shards (default: {DATA}, built in)")
     run.add_argument("--budget-minutes", type=float, metavar="M", help="stop after M minutes")
+    run.add_argument(
+        "--log-to", metavar="LOGGER", help="tensorboard, wandb or trackio, as in train"
+    )
     run.add_argument("--json", action="store_true", help="print how it ended as JSON")
     run.set_defaults(run=_run)
     report = commands.add_parser("report", help="write DIR/report from what is done")
     report.add_argument("dir", metavar="DIR")
     report.add_argument("--json", action="store_true", help="print results.json")
     report.set_defaults(run=_report)
+    export = commands.add_parser("export", help="all curves of a study as one table")
+    export.add_argument("dir", metavar="DIR")
+    export.add_argument("--out", required=True, metavar="FILE.csv|FILE.parquet")
+    export.set_defaults(run=_export)
 
 
 def _add_estimate(subparsers: Any) -> None:
@@ -55,8 +64,9 @@ def _add_estimate(subparsers: Any) -> None:
         "--target-at-flops", type=float, metavar="C", help="the baseline's loss at C FLOPs"
     )
     estimate.add_argument(
-        "--mode", default="crossing", choices=("crossing", "slope", "endpoint"),
-        help="crossing: within a run; slope: local, for gains up to 1.25; endpoint: not built yet",
+        "--mode", choices=("endpoint", "crossing", "slope"),
+        help="endpoint: the ends of three or more budgets of each arm, the default where there are "
+        "so many; crossing: within a run, the default elsewhere; slope: local, for gains to 1.25",
     )  # fmt: skip
     estimate.add_argument("--flops-per-step", type=float, metavar="F", help="for the column step")
     estimate.add_argument(
@@ -88,17 +98,31 @@ def _add_demo(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
     from ceg_model import data
+    from ceg_model.loggers import check
     from ceg_model.progress import Progress
+    from ceg_model.study import machine
     from ceg_model.study.plans import plan_named
     from ceg_model.study.runner import describe, run_study
+    from ceg_model.train_config import TrainConfig
 
     plan = plan_named(arguments.plan)
+    if arguments.log_to is not None:
+        TrainConfig(log_to=arguments.log_to)  # refuses a name that there is not
+        plan = dataclasses.replace(plan, train={**plan.train, "log_to": arguments.log_to})
+        check(arguments.log_to)
     folder = arguments.data or f"data/{dict(plan.data).get('hf', DATA).rpartition('/')[2]}"
     if arguments.data is None:
         with Progress("data") as progress:
             data.prepare(data.Request(**plan.data), folder, progress)
     start = time.monotonic()
+    if plan.name != "smoke":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        machine.describe(Path(arguments.out), device, say=lambda text: print(text, file=sys.stderr))
     with Progress(f"study {plan.name}") as progress:
         summary = run_study(
             plan,
@@ -125,6 +149,15 @@ def _report(arguments: argparse.Namespace) -> int:
     results = collect(arguments.dir)
     page = write_report(results, Store(arguments.dir).report)
     print(json.dumps(results) if arguments.json else page)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ceg_model.study.curve_export import study_curves, write_curves
+
+    curves = study_curves(arguments.dir)
+    write_curves(curves, arguments.out)
+    print(f"{arguments.out}: {len(curves)} curves, {sum(c.flops.size for c in curves)} rows")
     return 0
 
 

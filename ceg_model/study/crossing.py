@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceg_model.study.curves import Curve
+from ceg_model.study.trend import slope_of
 
 Array = NDArray[np.float64]
 
@@ -107,7 +108,7 @@ def _flags(curve: Curve, index: int) -> list[str]:
     if sd is not None:
         near = slice(max(index - 3, 0), index + 3)
         x = np.log(curve.flops[near])
-        slope = -float(np.polyfit(x, curve.loss[near], 1)[0])
+        slope = -slope_of(x, curve.loss[near])
         if slope * (x[-1] - x[0]) / (x.size - 1) < NOISE * sd:
             flags.append("plateau")
     return flags

@@ -3,68 +3,83 @@
     T_b / T_v = (C_b / C_v) x (F_v / F_b),   G_time = G_alg x G_hw,   F = C / T
 
 C is model FLOPs to a target loss, T training seconds to it. Pure NumPy/SciPy: it knows curves, not
-models. Modes: "crossing" (within a run) and "slope" (local); "endpoint" has its place in MODES.
+models. Modes: "endpoint" (last losses of several budgets), "crossing" (within a run) and "slope"
+(local); each has its engine, and everything above it is shared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ceg_model.study import stats
-from ceg_model.study.cells import Cell, Options, choose_target, make_cells
-from ceg_model.study.crossing import MIN_EVALS_BEFORE, log_flops_at, running_minimum
+from ceg_model.study import aa, endpoint, shapley, stats, within
+from ceg_model.study.cells import Options, check_options
 from ceg_model.study.curves import Curve
-from ceg_model.study.gains import Result, compare
+from ceg_model.study.gains import Result
+from ceg_model.study.trend import Trend, classify, classify_points
 
-RANGE_POINTS = 33
+Results = dict[str, dict[str, Result]]  # arm -> cell -> result
 
 
 def estimate(curves: Sequence[Curve], options: Options | None = None) -> dict[str, Any]:
-    """The spec's JSON: baseline, target_loss, mode, arms, class, aa (and cells, interaction)."""
+    """The spec's JSON: baseline, target_loss, mode, arms, class, aa; and what plots need beside."""
     options = options or Options()
-    cells = make_cells(curves, options)
-    for cell in cells:
-        choose_target(cell, options)
+    check_options(curves, options)
+    if options.mode is None:
+        options = replace(options, mode="endpoint" if endpoint.possible(curves) else "crossing")
+    engine: ModuleType = endpoint if options.mode == "endpoint" else within
+    cells = {cell.name: cell for cell in engine.make_cells(curves, options)}
     arms = list(dict.fromkeys(c.key.arm for c in curves if c.key.arm != options.baseline))
-    results = {
-        arm: {cell.name: compare(cell, arm, options) for cell in cells if arm in cell.curves}
-        for arm in arms
-    }
-    gate = _aa_gate(cells, options)
+    results: Results = {}
+    for arm in arms:
+        its = [cell for cell in cells.values() if arm in cell.arms] or list(cells.values())
+        results[arm] = {cell.name: engine.compare(cell, arm, options) for cell in its}
+    gate = aa.gate({name: engine.null_logs(cell, options) for name, cell in cells.items()})
     if gate["passed"] is False:
         for per_cell in results.values():
             for result in per_cell.values():
                 result.flags.append("aa_failed")
-    targets = {cell.name: cell.target for cell in cells}
+
+    def joint(cell: str, names: Sequence[str]) -> Any:
+        here = {arm: r[cell] for arm, r in results.items() if cell in r}
+        return engine.joint(cells[cell], names, here, options)
+
+    targets = {name: engine.common_target(cell, options) for name, cell in cells.items()}
     single = next(iter(targets.values())) if len(targets) == 1 else None
+    answers = {arm: _arm(arm, results[arm], cells, options, engine) for arm in arms}
     return {
         "baseline": options.baseline,
         "target_loss": options.target if options.target is not None else single,
         "target_losses": targets,
-        "offered_targets": {cell.name: cell.offer for cell in cells if cell.offer is not None},
+        "offered_targets": {n: cell.offer for n, cell in cells.items() if cell.offer is not None},
         "mode": options.mode,
-        "arms": {arm: _arm(arm, per_cell, cells, options) for arm, per_cell in results.items()},
-        "class": {arm: _trend(per_cell) for arm, per_cell in results.items()},
-        "interaction": _interactions(results, options),
+        "arms": answers,
+        "class": {arm: _class(results[arm]) | _lowest(answers[arm]) for arm in arms},
+        "class_hw": {arm: _class_hw(results[arm]).as_dict() for arm in arms},
+        "interaction": shapley.interactions(list(cells), set(arms), joint, options),
+        "shapley": shapley.shares(list(cells), set(arms), joint, options),
+        "cells": engine.describe(cells, options),
+        "fit": engine.fits(cells, options),
         "aa": gate,
     }
 
 
 def _arm(
-    arm: str, per_cell: dict[str, Result], cells: list[Cell], options: Options
+    arm: str,
+    per_cell: dict[str, Result],
+    cells: Mapping[str, Any],
+    options: Options,
+    engine: ModuleType,
 ) -> dict[str, Any]:
     """The arm's answer: the largest cell's on top, every cell's below, and the mean over cells."""
-    by_name = {cell.name: cell for cell in cells}
     out: dict[str, dict[str, Any]] = {}
     for name, result in per_cell.items():
-        out[name] = result.as_dict() | {
-            "target_loss": by_name[name].target,
-            "range": _over_range(by_name[name], arm, options.baseline),
-        }
-    largest = max(per_cell, key=lambda name: _compute(by_name[name], options.baseline))
+        out[name] = result.as_dict() | {"range": engine.over_range(cells[name], arm, options)}
+    largest = max(per_cell, key=lambda name: cells[name].most_flops(options.baseline))
     good = [r.logs for r in per_cell.values() if r.status == "ok"]
     top = {key: value for key, value in out[largest].items() if key != "range"}
     top["scale"] = largest
@@ -76,12 +91,6 @@ def _arm(
                 part["flags"] = [*part["flags"], "not_equivalent"]
                 part["reasons"] = [*part["reasons"], verdict["reason"]]
     return top | {"scales": out}
-
-
-def _compute(cell: Cell, baseline: str) -> float:
-    return max(
-        (float(c.flops.max(initial=0)) for c in cell.curves.get(baseline, {}).values()), default=0
-    )
 
 
 def _mean(groups: list[np.ndarray]) -> dict[str, Any] | None:
@@ -113,121 +122,26 @@ def _equivalence(groups: list[np.ndarray]) -> dict[str, Any]:
     return {"passed": test.passed, "ci90": interval, "bounds": list(test.bounds), "reason": reason}
 
 
-def _over_range(cell: Cell, arm: str, baseline: str) -> dict[str, list[float | None]] | None:
-    """G_alg at every loss that all seeds of both arms reach, late enough to be trusted."""
-    pairs = [
-        (b, cell.curves[arm][seed])
-        for seed, b in cell.curves.get(baseline, {}).items()
-        if seed in cell.curves[arm]
-    ]
-    curves = [c for pair in pairs for c in pair]
-    if not curves or any(c.problems or c.loss.size <= MIN_EVALS_BEFORE for c in curves):
-        return None
-    low = max(float(c.loss.min()) for c in curves)
-    high = min(float(running_minimum(c)[MIN_EVALS_BEFORE - 1]) for c in curves)
-    if not low < high:
-        return None
-    losses = np.linspace(high, low, RANGE_POINTS + 1)[1:]
-    logs = np.array([log_flops_at(b, losses) - log_flops_at(v, losses) for b, v in pairs])
-    keep = np.isfinite(logs).all(axis=0)
-    intervals = [stats.paired_interval(column) for column in logs.T[keep]]
-    return {
-        "loss": losses[keep].tolist(),
-        "g_alg": np.exp(logs.T[keep].mean(axis=1)).tolist(),
-        "low": [None if i is None else i.ratio[0] for i in intervals],
-        "high": [None if i is None else i.ratio[1] for i in intervals],
-    }
-
-
-def _trend(per_cell: dict[str, Result]) -> dict[str, Any]:
+def _class(per_cell: dict[str, Result]) -> dict[str, Any]:
     good = [r for r in per_cell.values() if r.status == "ok"]
-    trend = stats.classify([(r.log_base, r.logs) for r in good])
-    return {
-        "class": trend.label,
-        "slope": trend.slope,
-        "ci": None if trend.low is None else [trend.low, trend.high],
-        "axis": "ln C_b",
-        "margin": stats.MARGIN,
-        "scales": trend.scales,
-        "reason": trend.reason,
-        "ends": None if trend.ends is None else list(trend.ends),
-        "below_one": trend.below_one,
-    }
+    if len(good) == 1 and good[0].along is not None:
+        return classify_points(*good[0].along).as_dict()
+    return classify([(r.log_base, r.logs) for r in good]).as_dict()
 
 
-def _interactions(results: dict[str, dict[str, Result]], options: Options) -> dict[str, Any]:
-    """ln G(all) - sum ln G(part): what a product of single gains would get wrong."""
-    out: dict[str, Any] = {}
-    for bundle, parts in options.bundles.items():
-        # A part with the same maths has ln G = 0 by construction; only the others must be there.
-        needed = [p for p in parts if p not in options.same_maths]
-        if any(arm not in results for arm in (bundle, *needed)):
-            continue
-        scales: dict[str, dict[str, Any]] = {}
-        for name, whole in results[bundle].items():
-            pieces = [results[p].get(name) for p in needed]
-            rows = [whole, *(p for p in pieces if p is not None)]
-            unequal = len({r.seeds for r in rows}) > 1
-            if len(rows) <= len(needed) or unequal or any(r.status != "ok" for r in rows):
-                scales[name] = {"interaction": None, "ratio": None, "ci": None}
-                continue
-            d = whole.logs - sum(p.logs for p in rows[1:])
-            interval = stats.paired_interval(d)
-            scales[name] = {
-                "interaction": float(d.mean()),
-                "ratio": float(np.exp(d.mean())),
-                "ci": None if interval is None else list(interval.ratio),
-            }
-        out[bundle] = {"parts": list(parts), "scales": scales}
-    return out
+def _class_hw(per_cell: dict[str, Result]) -> Trend:
+    """The same test on ln G_hw; a benchmark gives one value a scale, so a slope and no class."""
+    groups = []
+    for r in per_cell.values():
+        if r.status == "ok" and r.log_hw.size:
+            groups.append((r.log_base, r.log_hw))
+        elif r.status == "ok" and r.g_hw is not None:
+            groups.append((r.log_base, np.log([r.g_hw])))
+    return classify(groups)
 
 
-def _aa_gate(cells: list[Cell], options: Options) -> dict[str, Any]:
-    """Baseline against itself under other seeds, in disjoint pairs: it must give 1."""
-    differences: list[float] = []
-    for cell in cells:
-        base = list(cell.curves.get(options.baseline, {}).values())
-        if cell.target is None or cell.refusals:
-            continue
-        logs = [float(log_flops_at(c, np.array([cell.target]))[0]) for c in base]
-        differences += [a - b for a, b in zip(logs[::2], logs[1::2], strict=False)]
-    differences = [d for d in differences if np.isfinite(d)]
-    interval = stats.paired_interval(differences)
-    if interval is None:
-        reason = f"{len(differences)} pairs of baseline seeds, 2 needed"
-        return {"passed": None, "reason": reason, "ratios": np.exp(differences).tolist()}
-    half = (interval.high - interval.low) / 2
-    passed = interval.low <= 0 <= interval.high
-    return {
-        "passed": passed,
-        "g_alg": float(np.exp(interval.mean)),
-        "ci": list(interval.ratio),
-        "detection_limit": float(np.exp(half) - 1),
-        "pairs": len(differences),
-        "ratios": np.exp(differences).tolist(),
-        "reason": "the interval holds 1" if passed else "baseline against itself is not 1",
-    }
-
-
-# Table III of the paper's v1: minutes of a run and its CEG at 50k iterations.
-TABLE_III = {
-    "layer_norm": (340.67, 2.24),
-    "rope": (355.34, 1.54),
-    "flash_attention": (250.34, 0.81),
-    "ln_rope_fa": (289.51, 3.03),
-}
-TABLE_III_MINUTES = 330.01
-
-
-def take_apart(
-    ceg: float, minutes_base: float, minutes: float, *, same_maths: bool = False
-) -> dict:
-    """The paper's CEG, iterations x MFU, as G_alg and G_hw.
-
-    It divided the algorithmic gain by the hardware gain; at equal FLOPs per iteration the hardware
-    gain is the ratio of minutes, so multiplying by it gives G_alg back. `implied` is that value;
-    for a kernel G_alg is 1 by construction and implied - 1 is the noise of the rule.
-    """
-    g_hw = minutes_base / minutes
-    g_alg = 1.0 if same_maths else ceg * g_hw
-    return {"g_alg": g_alg, "g_hw": g_hw, "g_time": g_alg * g_hw, "implied": ceg * g_hw}
+def _lowest(answer: dict[str, Any]) -> dict[str, float | None]:
+    """The lowest G_alg seen anywhere: is it below 1 somewhere?"""
+    seen = [v for cell in answer["scales"].values() for v in (cell["range"] or {}).get("g_alg", ())]
+    seen += [c["g_alg"] for c in answer["scales"].values() if c["g_alg"] is not None]
+    return {"lowest": min(seen, default=None)}

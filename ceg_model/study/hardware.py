@@ -33,7 +33,7 @@ class Rate:
 def rates(
     plan: Plan,
     specs: Sequence[tuple[str, RunSpec]],
-    clocks: Mapping[str, Sequence[float]],
+    clocks: Mapping[str, np.ndarray],
     ours: Mapping[str, str | None],
 ) -> dict[tuple[str, str], Rate]:
     """(scale, arm) -> its rate over whole runs in lockstep, all seeds together.

@@ -8,7 +8,8 @@ for every op).
   that nothing but the algorithm moves. Values are absolute, or relative to another field
   (`relative`), because a study runs the same innovation at several model sizes.
 - kind "kernel" computes the same maths: it only names the ops that move to our kernels. Its C
-  ratio is 1 by construction.
+  ratio is 1 by construction: to the baseline, or, where the op is part of an algorithm that the
+  baseline lacks, to the arm of that algorithm, which it names as its part. `twin` tells which.
 - kind "precision" changes TrainConfig's dtype: the same formula, rounded more; whether the loss
   notices is measured, not assumed.
 - a bundle names its parts and is the union of their changes.
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from ceg_model.config import LSTM_FIELDS
 
 PAPER = "Sanderson et al. 2025, arXiv 2505.04075"
 INDEPENDENT = "compute-independent"
@@ -60,8 +63,11 @@ BASELINE: dict[str, Any] = {
 }
 
 
+_V1 = f"{PAPER} v1, Table III"
+
+
 def _v1(value: float) -> Published:
-    return Published(f"{value}", "iterations x MFU, at 50k", f"{PAPER} v1, Table III")
+    return Published(f"{value}", "iterations x MFU, at 50k", _V1)
 
 
 def _v2(compact: float, full: float) -> Published:
@@ -84,12 +90,28 @@ _ENTRIES = (
     ),
     Innovation("rms_norm", "RMSNorm", "algorithm", config={"norm": "rms_norm"}),
     Innovation(
+        "rms_norm_fused",
+        "RMSNorm, fused kernel",
+        "kernel",
+        parts=("rms_norm",),
+        kernels=("rms_norm",),
+        note="same maths as RMSNorm: its gain in C over the baseline is that arm's",
+    ),
+    Innovation(
         "rope",
         "RoPE",
         "algorithm",
         config={"position": "rope"},
         paper_class=INDEPENDENT,
         published=(_v1(1.54), _v2(1.870, 1.350), _literature("1.7x", "as cited there")),
+    ),
+    Innovation(
+        "rope_fused",
+        "RoPE, fused kernel",
+        "kernel",
+        parts=("rope",),
+        kernels=("rope",),
+        note="same maths as RoPE: its gain in C over the baseline is that arm's",
     ),
     Innovation(
         "flash_attention",
@@ -114,7 +136,11 @@ _ENTRIES = (
         "algorithm",
         config={"n_kv_head": 1},
         paper_class=DEPENDENT,
-        published=(_v2(0.673, 0.931), _literature("1x", "training; its gain is in decoding")),
+        published=(
+            Published("0.91", "iterations x MFU, at 25k; not reached at 50k", _V1),
+            _v2(0.673, 0.931),
+            _literature("1x", "training; its gain is in decoding"),
+        ),
     ),
     Innovation(
         "gqa",
@@ -126,11 +152,12 @@ _ENTRIES = (
         "moe",
         "Mixture of experts",
         "algorithm",
-        # d_ff stays None: expert widths that cost a token about what the dense MLP costs.
-        config={"mlp": "moe", "num_experts": 8, "top_k": 2, "balance": "aux"},
+        # d_ff None: expert widths that cost a token about what the dense MLP costs.
+        config={"mlp": "moe", "d_ff": None, "num_experts": 8, "top_k": 2, "balance": "aux"},
         paper_class=DEPENDENT,
         published=(_literature("7-11x", "as cited there, at far larger scale"),),
-        note="its experts are gated (SwiGLU), so the arm holds both changes",
+        note="classified from the literature by the paper, not run there; its experts are the "
+        "baseline's MLP, narrower",
     ),
     Innovation("swiglu", "SwiGLU", "algorithm", config={"mlp": "swiglu", "d_ff": None}),
     Innovation(
@@ -151,6 +178,18 @@ _ENTRIES = (
         "little to skip: it can cost more FLOPs a token than full attention",
     ),
     Innovation("qk_norm", "QK-norm", "algorithm", config={"qk_norm": True}),
+    Innovation(
+        "lstm",
+        "LSTM in the Transformer's place",
+        "algorithm",
+        config=LSTM_FIELDS,
+        published=(
+            _literature("10-50x", "the Transformer over the LSTM: the inverse of this arm's gain"),
+        ),
+        note="an innovation taken away: its gain over the baseline, a Transformer, is below 1 "
+        "where the Transformer is better, and falls with scale if its advantage grows (the paper "
+        "calls the Transformer compute-dependent, from the literature)",
+    ),
     Innovation("bf16", "bf16 autocast", "precision", train={"dtype": "bfloat16"}),
 )
 
@@ -191,8 +230,28 @@ def kernel_ops(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*ops, *entry.kernels]))
 
 
+def twin(name: str) -> str | None:
+    """The arm that computes the maths of `name` without its kernels: their C must be equal.
+
+    None where `name` has no kernels, or no arm is its algorithm alone.
+    """
+    if not kernel_ops(name):
+        return None
+    wanted = _all_changes(name)
+    same = (e.name for e in _ENTRIES if not kernel_ops(e.name) and _all_changes(e.name) == wanted)
+    return next(same, None)
+
+
+def _all_changes(name: str) -> dict[str, Any]:
+    entry = innovation(name)
+    changes: dict[str, Any] = {}
+    for part in entry.parts:
+        changes.update(_all_changes(part))
+    return changes | entry.config | entry.relative | entry.train
+
+
 def is_same_maths(name: str) -> bool:
-    """True where C cannot change: every part is a kernel."""
+    """True where C cannot differ from the baseline's: every part is a kernel."""
     entry = innovation(name)
     if entry.parts:
         return all(is_same_maths(part) for part in entry.parts)

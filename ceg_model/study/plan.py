@@ -15,9 +15,9 @@ from ceg_model.study.innovations import (
     BASELINE,
     config_changes,
     innovation,
-    is_same_maths,
     kernel_ops,
     train_changes,
+    twin,
 )
 from ceg_model.study.sweep import Sweep
 from ceg_model.train_config import TrainConfig
@@ -91,8 +91,8 @@ class Plan:
         return tuple(factor * own for factor in self.sweep.factors) if self.sweep else (own,)
 
     def tunes(self, arm: str) -> bool:
-        """Whether the arm has a sweep of its own; a kernel takes over the baseline's rate."""
-        return self.sweep is not None and (arm == self.baseline or not is_same_maths(arm))
+        """Whether the arm has a sweep of its own; a kernel takes over the rate of its twin."""
+        return self.sweep is not None and twin(arm) not in self.arms
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -151,7 +151,7 @@ def backends_of(arm: str, ours: Mapping[str, str | None]) -> dict[str, str]:
 def trained_backends(plan: Plan, arm: str, ours: Mapping[str, str | None]) -> dict[str, str]:
     """The backends with which the arm's curves are trained: its own, or all of ours."""
     own = backends_of(arm, ours)
-    if not plan.fast_curves or is_same_maths(arm):
+    if not plan.fast_curves or arm == plan.baseline or twin(arm) in plan.arms:
         return own
     return {op: ours.get(op) or name for op, name in own.items()}
 

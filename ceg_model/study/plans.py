@@ -169,6 +169,15 @@ PLANS = {
             note="the demo: minutes on two cores",
         ),
         Plan(
+            "kernels",
+            ("baseline", "flash_attention", "rope", "rope_fused", "rms_norm", "rms_norm_fused"),
+            _NANO,
+            seeds=(0, 1, 2),
+            train=_TRAIN,
+            lockstep=True,
+            note="each kernel beside its twin without it: equal losses, and what it gains in time",
+        ),
+        Plan(
             "precision",
             ("baseline", "bf16"),
             _NANO,

@@ -175,7 +175,8 @@ class _Pool:
                 groups.setdefault(_group(self.plan, run, spec), {})[run] = spec
         folder = str(self.store.runs)
         for specs in groups.values():
-            self.queue.append(TrainJob(specs, folder, self.data_dir, self.plan.lockstep))
+            name = _together(self.plan, specs, found.runs)
+            self.queue.append(TrainJob(specs, folder, self.data_dir, name))
         self.queue.sort(key=self._turn)
 
     def _is_over(self, run: str) -> bool:
@@ -254,7 +255,8 @@ class _Pool:
         elif result["status"] == "stopped":
             self.summary.stopped = True
         else:
-            alone = dataclasses.replace(worker.job, specs={run: worker.job.specs[run]})
+            specs = {run: worker.job.specs[run]}
+            alone = dataclasses.replace(worker.job, specs=specs, lockstep=None)
             self._retry(alone, result["reason"])
         if worker.job.specs[run].sweep and self._is_over(run):
             self._plan_runs()
@@ -352,6 +354,18 @@ def _group(plan: Plan, run: str, spec: RunSpec) -> Any:
     if plan.lockstep:
         return spec.scale, spec.seed
     return run if spec.sweep else (spec.scale, spec.seed, spec.arm)
+
+
+def _together(plan: Plan, specs: dict[str, RunSpec], known: dict[str, RunSpec]) -> str | None:
+    """The name of a lockstep group: of all its runs, so that a kill when some of them have ended
+    does not part the group's clocks. In a sweep they are not all known: of those that start now.
+    """
+    if not plan.lockstep:
+        return None
+    first = next(iter(specs.values()))
+    if plan.sweep is None:
+        specs = {r: s for r, s in known.items() if (s.scale, s.seed) == (first.scale, first.seed)}
+    return "-".join(specs) if len(specs) > 1 else None
 
 
 def _name(job: Job) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ceg_model.study.innovations import twin
 from ceg_model.study.plan import Plan, RunSpec, Scale, run_spec
 from ceg_model.study.sweep import Choice, choose
 from ceg_model.train import run_id
@@ -70,8 +71,8 @@ def schedule(
     # In lockstep the arms of a scale and seed are one job, so the longest come first.
     for seed, scale in _blocks(plan):
         for arm in plan.arms:
-            source = arm if plan.tunes(arm) else plan.baseline
-            lr = rates.get((source, scale.name))
+            source = arm if plan.tunes(arm) else twin(arm)
+            lr = rates.get((source or arm, scale.name))
             known = out.runs if plan.sweep is None or lr is not None else out.pending
             donor = ""
             for budget in plan.budgets:

@@ -15,12 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from ceg_model.rundir import METRICS, RESULT, RUN, read_json, read_metrics, write_json
+from ceg_model.rundir import (
+    METRICS,
+    RESULT,
+    RUN,
+    Array,
+    Columns,
+    is_partial,
+    read_columns,
+    read_json,
+    write_json,
+)
+from ceg_model.study import metrics_cache
 from ceg_model.study.curves import Curve, Key, make_curve
 from ceg_model.study.lockstep import common_clock
 
 STUDY, RUNS, THROUGHPUT, REPORT = "study.json", "runs", "throughput", "report"
 FIRST_FAILURE = "result.failed-1.json"
+CACHE = "metrics-cache.npz"
 
 
 class Store:
@@ -30,6 +42,8 @@ class Store:
         self.folder = Path(folder)
         self.runs = self.folder / RUNS
         self.report = self.folder / REPORT
+        self._columns: dict[str, Columns] = {}
+        self._abouts: dict[str, tuple[dict[str, str], list[str | None]]] = {}
 
     def study(self) -> dict[str, Any] | None:
         return read_json(self.folder / STUDY)
@@ -38,8 +52,7 @@ class Store:
         """Writes study.json, or checks that the one that is there is of the same study."""
         found = self.study()
         if found is None:
-            others = [p.name for p in self.folder.iterdir()] if self.folder.exists() else []
-            foreign = sorted(set(others) - {"lock", "data", "bench.json", "roofs.json"})
+            foreign = self._foreign()
             if foreign:
                 raise ValueError(
                     f"study folder {self.folder} must be new, empty or a study's, "
@@ -49,12 +62,22 @@ class Store:
             write_json(self.folder / STUDY, study)
             return study
         for key in ("plan", "data_hash", "ours"):
-            if found.get(key) != study[key]:
+            if _identity(found, key) != _identity(study, key):
                 raise ValueError(
                     f"study folder {self.folder} must hold the same {key}: "
                     f"{_difference(key, found, study)}; name another --out"
                 )
         return found
+
+    def _foreign(self) -> list[str]:
+        """What is in the folder and none of ours; a kill may have come before study.json."""
+        if not self.folder.exists():
+            return []
+        ours = {"lock", "data", "bench.json", "roofs.json"}
+        if self.runs.is_dir() and not any(self.runs.iterdir()):
+            ours.add(RUNS)
+        names = {path.name for path in self.folder.iterdir() if not is_partial(path)}
+        return sorted(names - ours)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,53 +124,65 @@ class Store:
     def failed_twice(self, run_id: str) -> bool:
         return (self.path(run_id) / FIRST_FAILURE).exists()
 
-    def clocks(self, runs: Iterable[str]) -> dict[str, list[float]]:
+    def clocks(self, runs: Iterable[str]) -> dict[str, Array]:
         """Training seconds at each row, for the runs that were trained in lockstep: on their
         group's common clock (lockstep.py).
         """
-        groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for run in runs:
-            sessions = (read_json(self.path(run) / RUN) or {}).get("sessions", [])
-            names = {session.get("lockstep") for session in sessions}
+        groups: dict[str, dict[str, Columns]] = {}
+        for run, columns in self._read(list(runs)).items():
+            names = set(self._about(run)[1])
             if len(names) == 1 and (name := names.pop()) is not None:
-                groups.setdefault(name, {})[run] = read_metrics(self.path(run))
-        clocks: dict[str, list[float]] = {}
+                groups.setdefault(name, {})[run] = columns
+        clocks: dict[str, Array] = {}
         for group in groups.values():
-            grids = {tuple(row["step"] for row in rows) for rows in group.values()}
+            grids = {columns.step.tobytes() for columns in group.values()}
             if len(group) > 1 and len(grids) == 1:
-                raw = np.array([[row["train_s"] for row in rows] for rows in group.values()])
-                clocks |= dict(zip(group, common_clock(raw).tolist(), strict=True))
+                raw = np.array([columns.train_s for columns in group.values()])
+                clocks |= dict(zip(group, common_clock(raw), strict=True))
         return clocks
 
-    def curve(self, run_id: str, key: Key, clock: list[float] | None = None) -> Curve | None:
+    def _read(self, runs: list[str]) -> dict[str, Columns]:
+        """The metrics of runs that have any; kept, so that each file is read once."""
+        missing = [run for run in runs if run not in self._columns]
+        if len(missing) > 1:
+            self._columns |= metrics_cache.read(self.folder / CACHE, self.runs, missing)
+        elif missing and (self.path(missing[0]) / METRICS).is_file():
+            self._columns[missing[0]] = read_columns(self.path(missing[0]))
+        return {run: self._columns[run] for run in runs if run in self._columns}
+
+    def curve(self, run_id: str, key: Key, clock: Array | None = None) -> Curve | None:
         """The evaluations of a run that has any; `clock`, its seconds where not those measured."""
-        folder = self.path(run_id)
-        run = read_json(folder / RUN)
-        if run is None or not (folder / METRICS).is_file():
+        rows = self._read([run_id]).get(run_id)
+        if rows is None or not rows.evaluated.size:
             return None
-        rows = read_metrics(folder)
-        for row, seconds in zip(rows, clock or [], strict=clock is not None):
-            row["train_s"] = seconds
-        rows = [row for row in rows if row["eval_loss"] is not None]
-        if not rows:
-            return None
-        train, data = run["train"], run["data"]
-        executed = [row["executed_flops"] for row in rows]  # null where a backend does not say
+        known = not np.isnan(rows.executed_flops).any()  # null where a backend does not say
         return make_curve(
             key,
-            [row["model_flops"] for row in rows],
-            [row["eval_loss"] for row in rows],
-            seconds=[row["train_s"] for row in rows],
-            lr=[row["lr"] for row in rows],
-            executed_flops=None if None in executed else executed,
-            identity={
+            rows.model_flops,
+            rows.eval_loss,
+            seconds=(rows.train_s if clock is None else clock)[rows.evaluated],
+            lr=rows.lr,
+            executed_flops=rows.executed_flops if known else None,
+            identity=self._about(run_id)[0],
+        )
+
+    def _about(self, run_id: str) -> tuple[dict[str, str], list[str | None]]:
+        """From run.json, read once: what makes curves comparable, and each session's lockstep."""
+        if run_id not in self._abouts:
+            run = self.run(run_id)
+            if run is None:
+                raise ValueError(f"run folder {self.path(run_id)} must have {RUN}, got none")
+            train, data = run["train"], run["data"]
+            identity = {
                 "data": data["hash"],
                 "tokenizer": data["tokenizer"],
                 "flop_convention": run["flop_convention"],
                 "eval_set": f"{train['eval_batches']} x {train['batch_size']} x "
                 f"{run['model']['seq_len']}",
-            },
-        )
+            }
+            names = [session.get("lockstep") for session in run.get("sessions", [])]
+            self._abouts[run_id] = identity, names
+        return self._abouts[run_id]
 
     def throughput(self, scale: str) -> dict[str, Any] | None:
         return read_json(self.folder / THROUGHPUT / f"{scale}.json")
@@ -155,6 +190,15 @@ class Store:
     def write_throughput(self, scale: str, content: dict[str, Any]) -> None:
         (self.folder / THROUGHPUT).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / THROUGHPUT / f"{scale}.json", content)
+
+
+def _identity(study: dict[str, Any], key: str) -> Any:
+    """What must not change: all but who gets copies of the rows."""
+    value = study.get(key)
+    if key != "plan" or value is None:
+        return value
+    train = {name: field for name, field in value["train"].items() if name != "log_to"}
+    return {**value, "train": train}
 
 
 def _difference(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -1,13 +1,16 @@
 """A worker process of a study: takes jobs from a pipe until it gets None.
 
 Torch takes seconds to import, so a worker stays for many runs. It ignores Ctrl-C (the
-parent asks it to stop), and leaves when its parent is gone: a killed study leaves nothing running.
+parent asks it to stop), and leaves when its parent is gone, even one that was killed before the
+worker had started: a killed study leaves nothing running.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ class TrainJob:
     specs: dict[str, RunSpec]
     folder: str  # of all runs
     data_dir: str
-    lockstep: bool
+    lockstep: str | None  # the group's name, the same whichever of its runs are left
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # before torch looks for GPUs
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
@@ -107,16 +110,15 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
     def stops() -> bool:
         return stop.is_set() or (deadline is not None and time.time() > deadline)
 
-    together = "-".join(job.specs) if job.lockstep and len(job.specs) > 1 else None
-
     def rows_of(run: str, spec: RunSpec) -> Rows:
         donor = os.path.join(job.folder, spec.donor) if spec.donor else None
         return training(
             spec.model, spec.train, job.data_dir, os.path.join(job.folder, run),
-            progress=progress_of(run), stop_at=stops, lockstep=together, donor=donor,
+            progress=progress_of(run), stop_at=stops, note=_say, lockstep=job.lockstep,
+            donor=donor, label=f"{spec.arm} {spec.scale} {spec.seed}",
         )  # fmt: skip
 
-    groups = [job.specs] if together else [{run: spec} for run, spec in job.specs.items()]
+    groups = [job.specs] if job.lockstep else [{run: spec} for run, spec in job.specs.items()]
     for group in groups:
         for run, result in in_turn({run: rows_of(run, spec) for run, spec in group.items()}):
             shares[run] = 1.0
@@ -124,11 +126,16 @@ def _train(job: TrainJob, send: _Sender, stop: Any, deadline: float | None) -> N
             send.pipe.send(("ended", run, ended))
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _failed(error: Exception) -> dict[str, Any]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
-def _leave_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # by a pipe: an id could be another process's by now
     os._exit(1)

@@ -144,8 +144,11 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   args.v = view_of(v, in.varlen());
   args.out = view_of(out, in.varlen());
   args.lse = row_view_of(lse, in.varlen());
+  args.q_rows = static_cast<int>(q.shape[in.head_axis() - 1]);
+  args.k_rows = static_cast<int>(k.shape[in.head_axis() - 1]);
   args.schedule = schedule_of(args.problem, true);
-  attention_sm80_fwd(args, q.dtype, stream);
+  const bool on_sm90 = attention_sm90_why_not(args).empty();
+  (on_sm90 ? attention_sm90_fwd : attention_sm80_fwd)(args, q.dtype, stream);
 }
 
 void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, const Tensor& k,

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "../tensor.h"
 #include "attention_range.h"
@@ -46,6 +47,7 @@ struct Attention {
 struct AttentionFwd {
   Attention problem;
   View q, k, v, out, lse;
+  int q_rows, k_rows;  // of all sequences where they are packed, else of one
   Schedule schedule;
 };
 
@@ -57,6 +59,10 @@ struct AttentionBwd {
   Schedule of_keys, of_queries;
 };
 
+// For sm_90 alone (attention_sm90_fwd.cu). The first is why it cannot run these on the current
+// device, or "".
+std::string attention_sm90_why_not(const AttentionFwd& args);
+void attention_sm90_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 // Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);

@@ -77,7 +77,6 @@ struct TileOf {
                                     bool last_tile_first)
       : TileOf(p, heads, schedule.place(block_index(), last_tile_first)) {}
 
- private:
   __device__ __forceinline__ TileOf(const Attention& p, int heads, Schedule::Place place)
       : b(place.head / heads), h(place.head % heads), first(place.tile * kTile), at(p, b) {}
 };

@@ -13,6 +13,13 @@
 #include <cstdint>
 #include <type_traits>
 
+// Whether this pass of the compiler may use what only sm_90a has (wgmma, setmaxnreg).
+#if defined(CEG_CUDA_SIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CEG_SM90A 1
+#else
+#define CEG_SM90A 0
+#endif
+
 namespace ceg {
 
 using bf16 = __nv_bfloat16;

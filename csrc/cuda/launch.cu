@@ -22,6 +22,7 @@ void clear(const char*, void* data, size_t bytes, uintptr_t) { std::memset(data,
 
 int multiprocessors() { return sim::device().multiprocessors; }
 size_t shared_memory_limit() { return sim::device().shared_limit; }
+int compute_capability() { return sim::device().capability; }
 
 #else
 
@@ -58,6 +59,10 @@ void clear(const char* name, void* data, size_t bytes, uintptr_t stream) {
 
 int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
 
 void check_launch(const Launch& at, cudaError_t status) {
   if (status == cudaSuccess) return;

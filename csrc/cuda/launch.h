@@ -37,6 +37,7 @@ void clear(const char* name, void* data, size_t bytes, uintptr_t stream);
 
 // Of the current device.
 int multiprocessors();
+int compute_capability();      // 90 is sm_90
 size_t shared_memory_limit();  // bytes that a block may ask for
 
 #ifndef CEG_CUDA_SIM

@@ -30,4 +30,28 @@ struct Swizzle {
   }
 };
 
+// What TMA and wgmma call the 128-byte swizzle, of an address in shared memory: the 16-byte chunks
+// of eight rows of 128 bytes permuted as Swizzle<64> does, from multiples of 1024 bytes on.
+template <class Address>
+__host__ __device__ constexpr Address swizzle_128(Address address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
+
+// Panels of 64 columns one behind the other, each a Swizzle<64>: a tile as TMA boxes bring it and
+// as wgmma reads it.
+template <int kTileRows, int kColumns>
+struct Panels {
+  static_assert(kColumns % 64 == 0 && kTileRows % 8 == 0, "whole panels of whole patterns");
+  static constexpr int kRows = kTileRows;
+  static constexpr int kCount = kColumns / 64;
+  static constexpr int kPanelBytes = kTileRows * Swizzle<64>::kRowBytes;
+  static constexpr int kBytes = kCount * kPanelBytes;
+  static constexpr int kAlignment = 1024;
+
+  // In bytes.
+  __host__ __device__ static constexpr int offset(int row, int chunk) {
+    return chunk / 8 * kPanelBytes + Swizzle<64>::offset(row, chunk % 8);
+  }
+};
+
 }  // namespace ceg

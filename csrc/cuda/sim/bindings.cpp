@@ -2,6 +2,7 @@
 // the simulator on arrays of the CPU.
 #include "../bindings.h"
 
+#include "../wgmma.h"
 #include "block.h"
 #include "layouts.h"
 #include "selftest.h"
@@ -11,13 +12,14 @@ using py::arg;
 
 namespace {
 
-void set_device(int multiprocessors, size_t shared_limit, const std::string& order) {
+void set_device(int multiprocessors, size_t shared_limit, const std::string& order,
+                int capability) {
   using ceg::sim::Order;
   const Order orders[] = {Order::forward, Order::reverse, Order::shuffled};
   const char* names[] = {"forward", "reverse", "shuffled"};
   for (int i = 0; i < 3; ++i) {
     if (order != names[i]) continue;
-    ceg::sim::device() = {multiprocessors, shared_limit, orders[i]};
+    ceg::sim::device() = {multiprocessors, shared_limit, orders[i], capability};
     return;
   }
   throw py::value_error("order must be forward, reverse or shuffled, got " + order);
@@ -28,13 +30,21 @@ void set_device(int multiprocessors, size_t shared_limit, const std::string& ord
 PYBIND11_MODULE(_sim, m) {
   const ceg::sim::Device standard;
   m.def("set_device", set_device, arg("multiprocessors") = standard.multiprocessors,
-        arg("shared_limit") = standard.shared_limit, arg("order") = "forward");
+        arg("shared_limit") = standard.shared_limit, arg("order") = "forward",
+        arg("capability") = standard.capability);
+  m.def("launched", ceg::sim::launched);
   m.def("selftest", ceg::sim::selftest, arg("kernel"), arg("out"), arg("shared_bytes") = 0);
+  m.def("selftest_sm90", ceg::sim::selftest_sm90, arg("fault"), arg("x"), arg("out"));
   m.def("through_16_bits", ceg::sim::through_16_bits, arg("value"), arg("type"));
   m.def("fragment", ceg::sim::fragment, arg("operand"), arg("lane"));
   m.def("swizzle_offset", ceg::sim::swizzle_offset, arg("columns"), arg("row"), arg("chunk"));
   m.def("swizzle_moved", ceg::sim::swizzle_moved, arg("columns"), arg("start"), arg("rows"),
         arg("chunks"));
+  m.def("panels_offset", ceg::sim::panels_offset, arg("rows"), arg("columns"), arg("row"),
+        arg("chunk"));
+  m.def("matrix_descriptor", ceg::matrix_descriptor, arg("start"), arg("leading"), arg("stride"));
+  m.def("operand_address", ceg::sim::operand_address, arg("rows"), arg("columns"), arg("start"),
+        arg("dense_in_k"), arg("step"), arg("mn"), arg("k"));
   m.def("partners", ceg::sim::partners, arg("first"), arg("last"), arg("offset"), arg("before"),
         arg("after"), arg("count"));
   m.def("places", ceg::sim::places, arg("tiles"), arg("heads"), arg("section"),

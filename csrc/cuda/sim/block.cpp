@@ -10,6 +10,7 @@
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -58,6 +59,7 @@ struct Block {
   const std::function<void()>* body;
   unsigned threads;
   std::map<const void*, std::unique_ptr<void, Free>> shared;
+  std::map<const void*, std::shared_ptr<void>> state;
   std::vector<std::map<unsigned, Meeting>> warps;  // by mask
   Barrier barriers[kBarriers];
   std::exception_ptr error;
@@ -183,6 +185,11 @@ void check_limits(const char* name, dim3 grid, dim3 dim, size_t shared_bytes) {
   throw std::runtime_error(out.str());
 }
 
+std::vector<std::string>& names() {
+  static std::vector<std::string> of_launches;
+  return of_launches;
+}
+
 // Ends with the launch, however it ends.
 struct Running {
   explicit Running(Block& b) { block = &b; }
@@ -200,10 +207,13 @@ Device& device() {
   return the;
 }
 
+std::vector<std::string> launched() { return std::exchange(names(), {}); }
+
 void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
               const std::function<void()>& body) {
   static std::mutex one_launch;
   const std::lock_guard lock(one_launch);
+  names().push_back(name);
   check_limits(name, grid, dim, shared_bytes);
   Block running{};
   running.name = name;
@@ -217,6 +227,7 @@ void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
   for (unsigned i : order_of(grid.x * grid.y * grid.z, 0)) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     running.shared.clear();
+    running.state.clear();
     for (Barrier& barrier : running.barriers) barrier = {};
     run_block(i);
   }
@@ -302,6 +313,7 @@ const void* warp_exchange_bytes(const char* what, unsigned mask, const void* min
 }
 
 std::shared_ptr<void>& thread_state(const void* key) { return thread->state[key]; }
+std::shared_ptr<void>& block_state(const void* key) { return block->state[key]; }
 
 void fail(const std::string& what) {
   throw std::runtime_error(place() + ", thread " + text(thread->index) + ": " + what);

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 struct uint3 {
   unsigned x, y, z;
@@ -31,8 +32,12 @@ struct Device {
   int multiprocessors = 3;         // few, so that persistent blocks get several turns
   size_t shared_limit = 99 << 10;  // bytes a block: what sm_86 and sm_120 have, the least of all
   Order order = Order::forward;
+  int capability = 80;  // 90 is sm_90
 };
 Device& device();
+
+// Names of the kernels that ran since the last call, in order.
+std::vector<std::string> launched();
 
 // Throws std::runtime_error where threads wait for what cannot come any more, and whatever a thread
 // throws. `name`, of the kernel, is for these errors.
@@ -81,6 +86,17 @@ template <class T>
 T& thread_state() {
   static const char key = 0;
   std::shared_ptr<void>& state = thread_state(&key);
+  if (!state) state = std::make_shared<T>();
+  return *static_cast<T*>(state.get());
+}
+
+// Likewise one of the running block: what its asynchronous units have under way.
+std::shared_ptr<void>& block_state(const void* key);
+
+template <class T>
+T& block_state() {
+  static const char key = 0;
+  std::shared_ptr<void>& state = block_state(&key);
   if (!state) state = std::make_shared<T>();
   return *static_cast<T*>(state.get());
 }

@@ -4,6 +4,7 @@
 #include "../attention_range.h"
 #include "../mma.h"
 #include "../swizzle.h"
+#include "../wgmma.h"
 
 namespace ceg::sim {
 namespace {
@@ -20,6 +21,12 @@ int with_columns(int columns, F f) {
     default:
       throw std::invalid_argument("columns must be 64, 128 or 256, got " + std::to_string(columns));
   }
+}
+
+template <class F>
+int with_panels(int rows, int columns, F f) {
+  if (rows == 64) return columns == 64 ? f(Panels<64, 64>()) : f(Panels<64, 128>());
+  return columns == 64 ? f(Panels<128, 64>()) : f(Panels<128, 128>());
 }
 
 }  // namespace
@@ -45,6 +52,22 @@ int swizzle_offset(int columns, int row, int chunk) {
 
 int swizzle_moved(int columns, int from, int rows, int chunks) {
   return with_columns(columns, [&](auto layout) { return layout.moved(from, rows, chunks); });
+}
+
+int panels_offset(int rows, int columns, int row, int chunk) {
+  return with_panels(rows, columns, [&](auto tile) { return tile.offset(row, chunk); });
+}
+
+int operand_address(int rows, int columns, int start, bool dense_in_k, int step, int mn, int k) {
+  return with_panels(rows, columns, [&](auto tile) {
+    using Tile = decltype(tile);
+    const auto at = static_cast<uint32_t>(start);
+    const uint64_t descriptor = dense_in_k
+                                    ? step_of_rows<Tile>(operand_of_rows<Tile>(at), step)
+                                    : step_of_columns<Tile>(operand_of_columns<Tile>(at), step);
+    const Major major = dense_in_k ? Major::k : Major::mn;
+    return static_cast<int>(ceg::operand_address(descriptor, major, mn, k));
+  });
 }
 
 std::tuple<int, int, int, int> partners(int first, int last, int offset, int before, int after,

@@ -12,6 +12,10 @@ std::vector<std::tuple<int, int>> fragment(const std::string& operand, int lane)
 // In bytes, of a tile with this many columns.
 int swizzle_offset(int columns, int row, int chunk);
 int swizzle_moved(int columns, int from, int rows, int chunks);
+// Likewise, in Panels.
+int panels_offset(int rows, int columns, int row, int chunk);
+// Where wgmma finds item (mn, k) of the operand that a tile in Panels is, `step` steps on.
+int operand_address(int rows, int columns, int start, bool dense_in_k, int step, int mn, int k);
 // start, whole, rest, stop for blocks of 16.
 std::tuple<int, int, int, int> partners(int first, int last, int offset, int before, int after,
                                         int count);
