@@ -24,7 +24,7 @@ from ceg_model.study.hardware import Side, amdahl, rates, split, utilisation
 from ceg_model.study.kernel_parts import kernel_parts
 from ceg_model.study.plan import Plan, RunSpec, Scale, backends_of, model_config, train_config
 from ceg_model.study.rounds import WARM_UP, gain, rounds
-from ceg_model.study.throughput import KINDS, measure
+from ceg_model.study.throughput import KINDS, _joules, measure
 
 MODEL = {"n_layer": 2, "d_model": 32, "n_head": 2, "seq_len": 32}
 PLAN = Plan(
@@ -311,6 +311,23 @@ def test_joules_come_from_the_counter_of_the_gpu_in_use(monkeypatch):
     assert energy.meter(gpu) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     assert energy.meter(gpu) is None
+
+
+def test_each_step_is_metered_alone_and_long_enough(monkeypatch):
+    metered, gpu = {}, torch.device("cuda", 0)
+
+    def joules(call, meter, *, seconds):
+        call()
+        return seconds
+
+    monkeypatch.setattr(energy, "meter", lambda device: "meter")
+    monkeypatch.setattr(energy, "joules_per_call", joules)
+    steps = {name: lambda n, name=name: metered.setdefault(name, n) for name in "ab"}
+    assert _joules(steps, gpu, 10.0) == {"a": 2.0, "b": 2.0}
+    assert _joules(steps, gpu, 0.1) == {"a": 1.0, "b": 1.0}
+    assert metered == {"a": 0, "b": 0}
+    monkeypatch.setattr(energy, "meter", lambda device: None)
+    assert _joules(steps, gpu, 10.0) == {}
 
 
 @pytest.fixture(scope="module")
