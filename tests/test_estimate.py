@@ -1,6 +1,6 @@
-"""The estimator against curves whose answer is known.
+"""The estimator within runs, against curves whose answer is known.
 
-Left out: endpoint mode (not built yet), and curves so noisy that no rule would find a crossing.
+Left out: curves so noisy that no rule would find a crossing. Endpoint mode: test_endpoint.py.
 """
 
 import json
@@ -300,12 +300,13 @@ def test_untrustworthy_curves_are_refused(change, words):
     assert words in out["reasons"][0]
 
 
-def test_arms_on_other_data_are_refused():
-    runs = [curve("baseline", law(STEPS), STEPS, identity={"data": "a"})]
-    runs.append(curve("arm", law(2 * STEPS), STEPS, identity={"data": "b"}))
+@pytest.mark.parametrize("what", ["data", "eval_set", "tokenizer", "flop_convention"])
+def test_arms_on_other_data_are_refused(what):
+    runs = [curve("baseline", law(STEPS), STEPS, identity={what: "a"})]
+    runs.append(curve("arm", law(2 * STEPS), STEPS, identity={what: "b"}))
     out = estimate(runs)["arms"]["arm"]
     assert out["status"] == "refused"
-    assert "data must be the same for both arms, got a and b" in out["reasons"]
+    assert f"{what} must be the same for both arms, got a and b" in out["reasons"]
 
 
 def test_mfu_above_one_is_refused():
@@ -354,15 +355,22 @@ def test_interaction_of_a_bundle():
     assert out["ratio"] == pytest.approx(2.4 / (2.0 * 1.5), rel=2e-3)
 
 
-def test_seeds_that_do_not_match_are_paired_in_order_and_flagged():
-    runs = shifted(2.0)
+def test_unshared_seeds_are_compared_by_welch_and_flagged():
+    runs = shifted(2.0, seeds=3)
     moved = [
-        make_curve(Key("arm", "", f"x{r.key.seed}"), r.flops, r.loss, lr=r.lr) for r in runs[2:]
+        make_curve(Key("arm", "", f"x{r.key.seed}"), r.flops, r.loss, lr=r.lr) for r in runs[3:]
     ]
-    out = estimate([*runs[:2], *moved])["arms"]["arm"]
+    out = estimate([*runs[:3], *moved])["arms"]["arm"]
     assert out["g_alg"] == pytest.approx(2.0, rel=2e-3)
-    assert out["seeds"] == ["0/x0", "1/x1"]
+    assert out["seeds"] == ["0/x0", "1/x1", "2/x2"]
     assert "unpaired" in out["flags"]
+    # Both sides spread by 1% a seed, which pairing would cancel: t of 4 df, sd 1%, sqrt(2 / 3).
+    assert out["ci_method"] == "Welch t over seeds"
+    assert np.ptp(np.log(out["ci"])) == pytest.approx(2 * 2.776 * 0.01 * np.sqrt(2 / 3), rel=0.02)
+    fewer = estimate([*runs[:3], *moved[:2]])["arms"]["arm"]  # every run counts, also unmatched
+    assert fewer["g_alg"] == pytest.approx(2.0 / np.sqrt(1.01), rel=2e-3)
+    lone = estimate([*runs[:3], moved[0]])["arms"]["arm"]
+    assert (lone["ci"], "no_ci" in lone["flags"]) == (None, True)
 
 
 def test_slope_mode():

@@ -59,7 +59,7 @@ def classify(groups: Sequence[tuple[Array, Array]], margin: float = MARGIN) -> T
 
     Weights are 1/variance of a scale's own seeds where every scale has BCA_FROM of them: the
     interval then covers 94%. From the scatter of 3, 5 or 8 seeds it would cover 89, 92 and 93%,
-    so that below all points weigh the same. The interval is the regression's t interval, so that
+    so that below it all points weigh the same. The interval is the regression's t interval, so that
     misfit between scales widens it too.
     """
     filled = [(np.asarray(x), np.asarray(y)) for x, y in groups if len(x)]
