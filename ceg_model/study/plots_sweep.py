@@ -93,8 +93,8 @@ def _sweep(
 
 def _chosen(ax: Axes, sweep: dict[str, Any], above: dict[float, float], look: Look) -> None:
     """A ring about the rate that was taken; on the edge of the sweep it is open and says so."""
-    best = sweep.get("best_lr")
-    if best is None or best not in above:
+    best = next((rate for rate in above if math.isclose(rate, sweep.get("best_lr") or 0)), None)
+    if best is None:
         return
     edge = not sweep["inside"]
     ax.plot(
