@@ -3,6 +3,7 @@
 Left out: curves so noisy that no rule would find a crossing. Endpoint mode: test_endpoint.py.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -342,6 +343,22 @@ def test_kernel_arm_must_be_equivalent():
     assert "never a gain" in bad["reasons"][-1]
     one = estimate(shifted(1.0, seeds=1), Options(same_maths=same))["arms"]["arm"]
     assert one["equivalence"]["passed"] is None
+
+
+def test_a_kernel_on_top_of_an_algorithm_is_held_against_its_twin():
+    options = Options(twins={"fused": "arm"})
+
+    def verdict(k):
+        fused = [
+            dataclasses.replace(c, key=dataclasses.replace(c.key, arm="fused"))
+            for c in shifted(k)
+            if c.key.arm == "arm"
+        ]
+        return estimate([*shifted(2.0), *fused], options)["arms"]["fused"]
+
+    assert verdict(2.002)["equivalence"]["passed"] is True
+    assert verdict(2.002)["g_alg"] == pytest.approx(2.002, rel=1e-3)
+    assert verdict(2.1)["equivalence"]["passed"] is False
 
 
 def test_interaction_of_a_bundle():

@@ -35,7 +35,8 @@ class Options:
     target_at_flops: float | None = None
     mode: str | None = None  # endpoint where the curves allow it, else crossing
     peak_flops: float | None = None
-    same_maths: frozenset[str] = frozenset()
+    same_maths: frozenset[str] = frozenset()  # arms whose C is the baseline's
+    twins: Mapping[str, str] = field(default_factory=dict)  # arm -> another with the same C
     bundles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # From a throughput benchmark: scale -> arm -> F_v / F_b. Else F comes from the runs themselves.
     hardware: Mapping[str, Mapping[str, float]] | None = None

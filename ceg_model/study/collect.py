@@ -15,7 +15,7 @@ from ceg_model.study.curves import Curve
 from ceg_model.study.estimate import estimate
 from ceg_model.study.gather import Gathered, gather
 from ceg_model.study.hardware import rates, split
-from ceg_model.study.innovations import INNOVATIONS, is_same_maths, kernel_ops
+from ceg_model.study.innovations import INNOVATIONS, is_same_maths, kernel_ops, twin
 from ceg_model.study.machine import BENCH, ROOFS
 from ceg_model.study.plan import Plan
 from ceg_model.study.schedule import Tuning
@@ -83,6 +83,7 @@ def _options(got: Gathered, hardware: dict[str, Any], roofs: dict[str, Any] | No
         peak_flops=(roofs or {}).get("flops", {}).get(dtype),
         baseline=plan.baseline,
         same_maths=frozenset(a for a in plan.arms[1:] if is_same_maths(a)),
+        twins={a: t for a in plan.arms if (t := twin(a)) in plan.arms and t != plan.baseline},
         bundles={a: INNOVATIONS[a].parts for a in plan.arms if INNOVATIONS[a].parts},
         hardware={
             scale: {arm: gains["against_reference"] for arm, gains in arms.items()}

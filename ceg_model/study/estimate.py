@@ -50,7 +50,10 @@ def estimate(curves: Sequence[Curve], options: Options | None = None) -> dict[st
 
     targets = {name: engine.common_target(cell, options) for name, cell in cells.items()}
     single = next(iter(targets.values())) if len(targets) == 1 else None
-    answers = {arm: _arm(arm, results[arm], cells, options, engine) for arm in arms}
+    answers = {
+        arm: _arm(arm, results[arm], cells, options, engine, twin=_twin(arm, results, options))
+        for arm in arms
+    }
     return {
         "baseline": options.baseline,
         "target_loss": options.target if options.target is not None else single,
@@ -74,8 +77,13 @@ def _arm(
     cells: Mapping[str, Any],
     options: Options,
     engine: ModuleType,
+    *,
+    twin: dict[str, Result] | None,
 ) -> dict[str, Any]:
-    """The arm's answer: the largest cell's on top, every cell's below, and the mean over cells."""
+    """The arm's answer: the largest cell's on top, every cell's below, and the mean over cells.
+
+    `twin`: the results of the arm with the same maths, {} where that is the baseline itself.
+    """
     out: dict[str, dict[str, Any]] = {}
     for name, result in per_cell.items():
         out[name] = result.as_dict() | {"range": engine.over_range(cells[name], arm, options)}
@@ -84,13 +92,31 @@ def _arm(
     top = {key: value for key, value in out[largest].items() if key != "range"}
     top["scale"] = largest
     top["mean_over_scales"] = _mean(good)
-    if arm in options.same_maths:
-        top["equivalence"] = verdict = _equivalence(good)
+    if twin is not None:
+        top["equivalence"] = verdict = _equivalence(_beside(per_cell, twin))
         if verdict["passed"] is False:
             for part in (top, out[largest]):
                 part["flags"] = [*part["flags"], "not_equivalent"]
                 part["reasons"] = [*part["reasons"], verdict["reason"]]
     return top | {"scales": out}
+
+
+def _twin(arm: str, results: Results, options: Options) -> dict[str, Result] | None:
+    if arm in options.same_maths:
+        return {}
+    return results.get(options.twins.get(arm, ""))
+
+
+def _beside(per_cell: dict[str, Result], twin: dict[str, Result]) -> list[np.ndarray]:
+    """ln of the twin's compute over the arm's, by cell: 0 where their maths is the same."""
+    groups = []
+    for name, result in per_cell.items():
+        other = twin.get(name)
+        if result.status == "ok" and not twin:
+            groups.append(result.logs)
+        elif result.status == "ok" and other is not None and other.seeds == result.seeds:
+            groups += [result.logs - other.logs] if other.status == "ok" else []
+    return groups
 
 
 def _mean(groups: list[np.ndarray]) -> dict[str, Any] | None:
