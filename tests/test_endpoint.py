@@ -140,7 +140,11 @@ def test_without_overlap_there_is_a_bound_on_the_right_side():
     assert worse["g_alg"] is None
     assert worse["ci"] is None
     assert worse["overlap"] is None
+    assert worse["g_hw"] == pytest.approx(1.3)
     assert worse["bound"] > 1 / 20
+    beside = estimate(small({"arm": 1 / 20, "good": 1.5}), NO_FIT)
+    assert beside["target_losses"]["S"] == only(beside, "good")["target_loss"]
+    assert beside["cells"]["S"]["overlap"] == only(beside, "good")["overlap"]
     better = only(estimate(small({"arm": 20.0}), NO_FIT))
     assert (better["status"], better["bound_side"]) == ("censored", "lower")
     assert better["bound"] == pytest.approx(8.0)
