@@ -212,8 +212,10 @@ def _flag_plateau(result: Result, base: Ladder, variant: Ladder) -> None:
 
 def over_range(cell: Cell, arm: str, options: Options) -> dict[str, Any] | None:
     """G_alg over the overlap, at losses fixed beforehand."""
+    if cell.refusals or any(c.problems or not c.loss.size for c in cell.curves(arm)):
+        return None
     ladders = _ladders(cell, arm, options, result := Result())
-    if cell.refusals or ladders is None:
+    if ladders is None:
         return None
     base, variant = ladders
     low, high = max(base.bottom, variant.bottom), min(base.top, variant.top)
