@@ -140,7 +140,11 @@ def test_without_overlap_there_is_a_bound_on_the_right_side():
     assert worse["g_alg"] is None
     assert worse["ci"] is None
     assert worse["overlap"] is None
+    assert worse["g_hw"] == pytest.approx(1.3)
     assert worse["bound"] > 1 / 20
+    beside = estimate(small({"arm": 1 / 20, "good": 1.5}), NO_FIT)
+    assert beside["target_losses"]["S"] == only(beside, "good")["target_loss"]
+    assert beside["cells"]["S"]["overlap"] == only(beside, "good")["overlap"]
     better = only(estimate(small({"arm": 20.0}), NO_FIT))
     assert (better["status"], better["bound_side"]) == ("censored", "lower")
     assert better["bound"] == pytest.approx(8.0)
@@ -295,9 +299,10 @@ def test_refusals_and_flags_of_budgets():
     runs = small({"arm": 1.5})
 
     def changed(change, **options):
-        return only(
-            estimate([change(c) for c in runs], Options(mode="endpoint", fit=False, **options))
-        )
+        more = Options(mode="endpoint", fit=False, **options)
+        out = estimate([change(c) for c in runs], more)
+        json.dumps(out, allow_nan=False)
+        return only(out)
 
     def arm_only(change):
         return lambda c: change(c) if c.key.arm == "arm" and c.key.budget == "4" else c
@@ -306,8 +311,11 @@ def test_refusals_and_flags_of_budgets():
         values = {"flops": c.flops, "loss": c.loss, "seconds": c.seconds, "lr": c.lr, **more}
         return make_curve(c.key, **values)
 
-    broken = changed(arm_only(lambda c: with_(c, loss=c.loss * [1, np.nan, 1])))
+    broken = changed(arm_only(lambda c: with_(c, loss=c.loss * [1, 1, np.nan])))
     assert (broken["status"], "loss is nan" in broken["reasons"][0]) == ("refused", True)
+    assert broken["range"] is None
+    empty = changed(arm_only(lambda c: make_curve(c.key, [0.0], [9.0])))
+    assert "arm has a run without an evaluation" in empty["reasons"]
     other = changed(lambda c: with_(c, identity={"eval_set": c.key.arm}))
     assert other["status"] == "refused"
     assert "eval_set must be the same for both arms" in other["reasons"][0]

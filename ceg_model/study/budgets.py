@@ -156,18 +156,21 @@ def schedule_flags(curves: Sequence[Curve]) -> list[str]:
 
 
 def common_target(cell: Cell, options: Options) -> float | None:
-    """The target asked for, else the lowest loss that all arms of the cell reach."""
+    """The target asked for, else the lowest loss that all arms reach which overlap the baseline."""
     if cell.target is not None or cell.refusals:
         return cell.target
-    overlap = _common_overlap(cell)
+    overlap = _common_overlap(cell, options.baseline)
     return None if overlap is None else overlap[0]
 
 
-def _common_overlap(cell: Cell) -> tuple[float, float] | None:
-    ladders = list(_drawable(cell).values())
-    if not ladders:
+def _common_overlap(cell: Cell, baseline: str) -> tuple[float, float] | None:
+    """Of the arms that share losses with the baseline; the others have bounds alone."""
+    ladders = _drawable(cell)
+    base = ladders.get(baseline)
+    if base is None:
         return None
-    low, high = max(a.bottom for a in ladders), min(a.top for a in ladders)
+    shared = [a for a in ladders.values() if a.bottom < base.top and base.bottom < a.top]
+    low, high = max(a.bottom for a in shared), min(a.top for a in shared)
     return (low, high) if low < high else None
 
 
@@ -181,11 +184,11 @@ def _drawable(cell: Cell) -> dict[str, Ladder]:
     return out
 
 
-def describe(cells: Mapping[str, Cell], _: Options) -> dict[str, Any]:
+def describe(cells: Mapping[str, Cell], options: Options) -> dict[str, Any]:
     """What a plot of each cell needs: points, envelopes and the overlap of all arms."""
     out: dict[str, Any] = {}
     for name, cell in cells.items():
-        overlap = _common_overlap(cell)
+        overlap = _common_overlap(cell, options.baseline)
         out[name] = {
             "points": {arm: list(_points(runs)) for arm, runs in cell.runs.items()},
             "envelope": {arm: _drawn(found) for arm, found in _drawable(cell).items()},

@@ -146,6 +146,8 @@ def _censored(result: Result, base: Ladder, variant: Ladder, target: float) -> R
     """All the compute that the arm had which never came there, against what the other needed."""
     if target < min(base.bottom, variant.bottom):
         return result.refuse(f"target {target:.4f} is reached by neither arm")
+    if result.g_hw is None and base.log_rate is not None and variant.log_rate is not None:
+        result.g_hw = float(np.exp(variant.log_rate[:, -1].mean() - base.log_rate[:, -1].mean()))
     log_b, log_v = base.log_flops[-1:], variant.log_flops[-1:]
     if censored_base := target < base.bottom:
         log_v = _reached(variant, target)
@@ -210,8 +212,10 @@ def _flag_plateau(result: Result, base: Ladder, variant: Ladder) -> None:
 
 def over_range(cell: Cell, arm: str, options: Options) -> dict[str, Any] | None:
     """G_alg over the overlap, at losses fixed beforehand."""
+    if cell.refusals or any(c.problems or not c.loss.size for c in cell.curves(arm)):
+        return None
     ladders = _ladders(cell, arm, options, result := Result())
-    if cell.refusals or ladders is None:
+    if ladders is None:
         return None
     base, variant = ladders
     low, high = max(base.bottom, variant.bottom), min(base.top, variant.top)
