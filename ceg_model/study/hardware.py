@@ -55,7 +55,7 @@ def rates(
             logs.setdefault((scale, arm), []).append(gains + np.log(work))
             rate = _flops_per_step(base_spec) * base_spec.train.steps / clocks[base][-1]
             base_rates.setdefault((scale, arm), []).append(rate)
-    found = {key: stats.paired_interval(np.concatenate(parts)) for key, parts in logs.items()}
+    found = {key: stats.t_interval(np.concatenate(parts)) for key, parts in logs.items()}
     return {
         key: Rate(interval, float(np.mean(base_rates[key])))
         for key, interval in found.items()

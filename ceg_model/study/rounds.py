@@ -68,6 +68,6 @@ def gain(base: Array, new: Array, work: float = 1.0) -> dict[str, Any]:
     """
     logs = np.log(base / new) + np.log(work)
     parts = np.array([np.median(part) for part in np.array_split(logs, min(BATCHES, logs.size))])
-    interval = stats.paired_interval(parts)
+    interval = stats.t_interval(parts)
     ci = None if interval is None else list(interval.ratio)
     return {"gain": float(np.exp(parts.mean())), "ci": ci}

@@ -56,8 +56,18 @@ def paired_interval(differences: Sequence[float] | Array, level: float = LEVEL) 
         return None
     if d.size >= BCA_FROM and np.ptp(d) > 0:
         return bca([d], level)
+    return t_interval(d, level)
+
+
+def t_interval(
+    values: Sequence[float] | Array, level: float = LEVEL, method: str = "paired t over seeds"
+) -> Interval | None:
+    """Student's t of a mean at any number of values; None for a single one."""
+    d = np.asarray(values, dtype=np.float64)
+    if d.size < 2:
+        return None
     se = float(d.std(ddof=1) / np.sqrt(d.size))
-    return _interval(float(d.mean()), se, d.size - 1, "paired t over seeds", level)
+    return _interval(float(d.mean()), se, d.size - 1, method, level)
 
 
 def welch_interval(a: Array, b: Array, level: float = LEVEL) -> Interval | None:

@@ -179,8 +179,9 @@ def over_range(cell: Cell, arm: str, options: Options) -> dict[str, list[float |
     losses = np.linspace(high, low, RANGE_POINTS + 1)[1:]
     logs = np.array([log_flops_at(b, losses) - log_flops_at(v, losses) for b, v in pairs])
     keep = np.isfinite(logs).all(axis=0)
-    return range_of(losses[keep], [stats.paired_interval(column) for column in logs.T[keep]],
-                    logs.T[keep].mean(axis=1))  # fmt: skip
+    # t at any number of seeds: a bootstrap of each point of a curve would take minutes.
+    intervals = [stats.t_interval(column) for column in logs.T[keep]]
+    return range_of(losses[keep], intervals, logs.T[keep].mean(axis=1))
 
 
 def range_of(
