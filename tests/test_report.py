@@ -229,6 +229,9 @@ def test_labels_are_moved_apart_and_no_further():
     assert np.diff(np.sort(places)).min() == pytest.approx(0.1)
     assert places[[1, 3]].tolist() == [0.9, 0.1]
     assert places.mean() == pytest.approx(wanted.mean())
+    assert spread(np.array([-0.2, 0.03, 1.5, 0.99]), 0.1).tolist() == pytest.approx(
+        [0, 0.1, 1, 0.9]
+    )
 
 
 def test_colours_of_the_series_stand_out_on_both_papers():
@@ -256,4 +259,5 @@ def test_number_words():
     assert (words.seconds(0.0021), words.seconds(-0.0021)) == ("2.1 ms", "-2.1 ms")
     assert words.interval([0.95, 1.1]) == "0.95 to 1.10"
     assert (words.percent(None), words.percent(0.3149)) == ("–", "31.5%")
+    assert (words.off(0.0302), words.off(-0.0004), words.off(-0.02)) == ("+3.0%", "0.0%", "−2.0%")
     assert words.joined(["a", "b", "c"]) == "a, b and c"

@@ -63,7 +63,7 @@ def render(results: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("gain", "interval", "si", "seconds", "flag", "percent", "signed"):
+    for name in ("gain", "interval", "si", "seconds", "flag", "percent", "signed", "off"):
         environment.filters[name] = getattr(words, name)
     hardware = tables.hardware(results)
     return environment.get_template("report.html.j2").render(
