@@ -107,11 +107,14 @@ def test_incomplete_and_refused_study_renders():
     ]
     results["estimate"] = estimate(curves, options)
     results["bench"], results["roofs"], results["throughput"] = [], None, {}
+    results["left_out"], results["plan"] = [{"scale": "M", "seed": 1}], {"fast_curves": True}
     for c in results["curves"]:
         c["seconds"] = None
     page = render(results)
     assert "This study is not complete" in page
     assert "loss is nan" in page
+    assert "what is there of scale M seed 1 is not in the numbers yet" in page
+    assert "at the rate at which each arm’s step was timed" in page
     assert "no number for its worth in compute" in page
     assert "What RoPE is worth: target 0.1000 is reached by neither arm" in page
 
@@ -206,6 +209,11 @@ def test_a_rate_on_the_edge_is_shown_as_such():
     sweeps = plots_sweep.sweeps(results)
     marked = [arm for arm, svg in zip(sweeps.arms, sweeps.panels, strict=True) if ">edge<" in svg]
     assert marked == ["moe"]
+    assert ">S<" in sweeps.panels[0]
+    first = results["sweeps"][0]
+    two = plots_sweep.sweeps(results | {"sweeps": [first, first | {"budget": "2"}]})
+    assert ">S/1<" in two.panels[0]
+    assert ">S/2<" in two.panels[0]
     results["sweeps"] = [s | {"points": s["points"][-1:]} for s in results["sweeps"]]
     assert plots_sweep.sweeps(results).why  # a single rate is no sweep
 
