@@ -16,7 +16,7 @@ from ceg_model.study import plots, plots_gain, plots_loss, plots_sweep, verdicts
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Key, make_curve
 from ceg_model.study.estimate import estimate
-from ceg_model.study.plots_parts import interaction_steps, pieces, shapley_steps
+from ceg_model.study.plots_parts import interaction_steps, pieces, shapley_steps, time_gain
 from ceg_model.study.plots_style import spread
 from ceg_model.study.report import render, write_report
 from tests.report_data import ARMS, MORE_ARMS, endpoints, within_runs
@@ -150,6 +150,12 @@ def test_pieces_of_a_bar_add_up_to_the_time_gain():
     assert "hardware" not in split
     del results["hardware"]
     assert pieces(results, "bf16", "S")["hardware"] == pytest.approx(np.log(1.6))
+    cell = results["estimate"]["arms"]["bf16"]["scales"]["S"]
+    assert time_gain(cell, pieces(results, "bf16", "S")) == (cell["g_time"], True)
+    cell["g_time"] = None
+    assert time_gain(cell, pieces(results, "bf16", "S")) == (pytest.approx(0.99 * 1.6), False)
+    cell["g_hw"] = None
+    assert time_gain(cell, pieces(results, "bf16", "S")) == (None, False)
 
 
 def test_waterfalls_end_at_the_bundle():
@@ -200,8 +206,12 @@ def test_an_interval_that_holds_1_is_no_gain():
     sentence = verdicts.verdict("RoPE", answer)
     assert "no gain or loss in compute shown as the mean of 3 scales" in sentence
     assert "as many model FLOPs a second at scale L" in sentence
-    one = verdicts.verdict("RoPE", answer | {"ci": None, "mean_over_scales": None})
-    assert "(one seed, no interval) at scale L" in one
+    single = answer | {"ci": None, "mean_over_scales": None}
+    assert "(one seed, no interval) at scale L" in verdicts.verdict("RoPE", single)
+    curves["estimate"]["arms"] |= {"rope": single, "mqa": single}
+    curves["estimate"]["class"]["mqa"] = curves["estimate"]["class"]["rope"]
+    sure = "How sure the gains of RoPE and Multi-query attention can be: one seed, no interval."
+    assert sure in verdicts.undecided(curves)
 
 
 def test_a_rate_on_the_edge_is_shown_as_such():

@@ -96,12 +96,13 @@ def times(value: float, _: object = None) -> str:
 
 
 def compute_axis(axis: Any, low: float, high: float) -> None:
-    """Labels of a log axis: each decade, and 2 and 5 where there is hardly a decade."""
+    """Labels of a log axis: each decade, and more between where there are few decades."""
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(power))
-    if high / low < 30:
+    if high / low < 1000:
         powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        steps = (1, 2, 5) if high / low > 3 else (1, 1.5, 2, 3, 4, 5, 7)
+        widths = ((3, (1, 1.5, 2, 3, 4, 5, 7)), (30, (1, 2, 5)), (1000, (1, 3)))
+        steps = next(found for width, found in widths if high / low < width)
         ticks = [m * 10.0**p for p in powers for m in steps]
         axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
         axis.set_minor_locator(NullLocator())
