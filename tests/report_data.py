@@ -145,7 +145,7 @@ def _sweep(scale: str, arm: str, *, at_edge: bool) -> dict[str, Any]:
     points.append({"lr": 3.2e-2, "loss": None})
     chosen = min(points[:-1], key=lambda p: p["loss"])["lr"]
     reason = "8e-3 is the last rate before it diverges" if at_edge else ""
-    return {"scale": scale, "arm": arm, "budget": "", "seed": 0, "points": points,
+    return {"scale": scale, "arm": arm, "budget": "1", "seed": "0", "points": points,
             "best_lr": chosen, "inside": not at_edge, "reason": reason}  # fmt: skip
 
 

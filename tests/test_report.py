@@ -16,7 +16,7 @@ from ceg_model.study import plots, plots_gain, plots_loss, plots_sweep, verdicts
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Key, make_curve
 from ceg_model.study.estimate import estimate
-from ceg_model.study.plots_parts import interaction_steps, pieces, shapley_steps
+from ceg_model.study.plots_parts import interaction_steps, pieces, shapley_steps, time_gain
 from ceg_model.study.plots_style import spread
 from ceg_model.study.report import render, write_report
 from tests.report_data import ARMS, MORE_ARMS, endpoints, within_runs
@@ -107,11 +107,14 @@ def test_incomplete_and_refused_study_renders():
     ]
     results["estimate"] = estimate(curves, options)
     results["bench"], results["roofs"], results["throughput"] = [], None, {}
+    results["left_out"], results["plan"] = [{"scale": "M", "seed": 1}], {"fast_curves": True}
     for c in results["curves"]:
         c["seconds"] = None
     page = render(results)
     assert "This study is not complete" in page
     assert "loss is nan" in page
+    assert "what is there of scale M seed 1 is not in the numbers yet" in page
+    assert "at the rate at which each arm’s step was timed" in page
     assert "no number for its worth in compute" in page
     assert "What RoPE is worth: target 0.1000 is reached by neither arm" in page
 
@@ -147,6 +150,12 @@ def test_pieces_of_a_bar_add_up_to_the_time_gain():
     assert "hardware" not in split
     del results["hardware"]
     assert pieces(results, "bf16", "S")["hardware"] == pytest.approx(np.log(1.6))
+    cell = results["estimate"]["arms"]["bf16"]["scales"]["S"]
+    assert time_gain(cell, pieces(results, "bf16", "S")) == (cell["g_time"], True)
+    cell["g_time"] = None
+    assert time_gain(cell, pieces(results, "bf16", "S")) == (pytest.approx(0.99 * 1.6), False)
+    cell["g_hw"] = None
+    assert time_gain(cell, pieces(results, "bf16", "S")) == (None, False)
 
 
 def test_waterfalls_end_at_the_bundle():
@@ -197,8 +206,12 @@ def test_an_interval_that_holds_1_is_no_gain():
     sentence = verdicts.verdict("RoPE", answer)
     assert "no gain or loss in compute shown as the mean of 3 scales" in sentence
     assert "as many model FLOPs a second at scale L" in sentence
-    one = verdicts.verdict("RoPE", answer | {"ci": None, "mean_over_scales": None})
-    assert "(one seed, no interval) at scale L" in one
+    single = answer | {"ci": None, "mean_over_scales": None}
+    assert "(one seed, no interval) at scale L" in verdicts.verdict("RoPE", single)
+    curves["estimate"]["arms"] |= {"rope": single, "mqa": single}
+    curves["estimate"]["class"]["mqa"] = curves["estimate"]["class"]["rope"]
+    sure = "How sure the gains of RoPE and Multi-query attention can be: one seed, no interval."
+    assert sure in verdicts.undecided(curves)
 
 
 def test_a_rate_on_the_edge_is_shown_as_such():
@@ -206,6 +219,11 @@ def test_a_rate_on_the_edge_is_shown_as_such():
     sweeps = plots_sweep.sweeps(results)
     marked = [arm for arm, svg in zip(sweeps.arms, sweeps.panels, strict=True) if ">edge<" in svg]
     assert marked == ["moe"]
+    assert ">S<" in sweeps.panels[0]
+    first = results["sweeps"][0]
+    two = plots_sweep.sweeps(results | {"sweeps": [first, first | {"budget": "2"}]})
+    assert ">S/1<" in two.panels[0]
+    assert ">S/2<" in two.panels[0]
     results["sweeps"] = [s | {"points": s["points"][-1:]} for s in results["sweeps"]]
     assert plots_sweep.sweeps(results).why  # a single rate is no sweep
 
@@ -229,6 +247,9 @@ def test_labels_are_moved_apart_and_no_further():
     assert np.diff(np.sort(places)).min() == pytest.approx(0.1)
     assert places[[1, 3]].tolist() == [0.9, 0.1]
     assert places.mean() == pytest.approx(wanted.mean())
+    assert spread(np.array([-0.2, 0.03, 1.5, 0.99]), 0.1).tolist() == pytest.approx(
+        [0, 0.1, 1, 0.9]
+    )
 
 
 def test_colours_of_the_series_stand_out_on_both_papers():
@@ -256,4 +277,5 @@ def test_number_words():
     assert (words.seconds(0.0021), words.seconds(-0.0021)) == ("2.1 ms", "-2.1 ms")
     assert words.interval([0.95, 1.1]) == "0.95 to 1.10"
     assert (words.percent(None), words.percent(0.3149)) == ("–", "31.5%")
+    assert (words.off(0.0302), words.off(-0.0004), words.off(-0.02)) == ("+3.0%", "0.0%", "−2.0%")
     assert words.joined(["a", "b", "c"]) == "a, b and c"

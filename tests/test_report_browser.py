@@ -85,6 +85,19 @@ def test_nothing_is_wider_than_the_screen(page):
     assert page.run(OVERFLOW) == {"scroll": 0, "outside": []}
 
 
+def test_the_name_of_an_arm_is_not_broken(page):
+    """Row headers are as wide as the longest word of theirs, which none may leave or split."""
+    lines = """[...document.querySelectorAll('th[scope=row]')].filter(e => e.checkVisibility())
+      .map(e => [e.firstChild.textContent.trim(), e.scrollWidth - e.clientWidth,
+                 (r => (r.selectNodeContents(e.firstChild), r.getClientRects().length))
+                 (document.createRange())])"""
+    found = page.run(lines)
+    assert len(found) > 20
+    for name, beyond, rows in found:
+        assert beyond <= 0, name
+        assert rows <= max(1, len(name.replace("+ ", "").split())), name
+
+
 def test_every_figure_is_seen_and_can_be_read(page, study):
     figures = page.run(FIGURES)
     arms = len(study["estimate"]["arms"])

@@ -93,7 +93,8 @@ def _endpoints(results: Results, axis: str) -> dict[str, dict[str, list[dict[str
                 at = p["flops"] if axis == "flops" else ends.get((arm, p["scale"], p["budget"]))
                 if at:
                     out.setdefault(cell, {}).setdefault(arm, []).append(p | {"x": at})
-    if len(cells) > 1 and ALL_SCALES in (results["estimate"].get("fit") or {}):
+    fits = results["estimate"].get("fit") or {}
+    if axis == "flops" and len(cells) > 1 and ALL_SCALES in fits:
         together: dict[str, list[dict[str, Any]]] = {}
         for by_arm in out.values():
             for arm, points in by_arm.items():

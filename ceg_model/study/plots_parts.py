@@ -98,17 +98,22 @@ def _bars(ax: Axes, results: Results, cell_name: str, here: list[str]) -> None:
     for place, arm in enumerate(here[::-1]):
         cell = results["estimate"]["arms"][arm]["scales"][cell_name]
         edges = {1: 0.0, -1: 0.0}
-        for name, log in pieces(results, arm, cell_name).items():
+        found = pieces(results, arm, cell_name)
+        for name, log in found.items():
             sign = 1 if log >= 0 else -1
             start, edges[sign] = edges[sign], edges[sign] + log
             _bar(ax, place, start, edges[sign], *PIECES[name])
-        said = _said(cell)
-        if cell.get("g_time"):
-            ax.plot(cell["g_time"], place, "D", color=INK, markeredgecolor=PAPER, zorder=5)
-            edges[1] = max(edges[1], float(np.log(cell["g_time"])))
+        total, measured = time_gain(cell, found)
+        if total is not None:
+            ax.plot(
+                total, place, "D", color=INK, zorder=5, markersize=6 if measured else 5,
+                markerfacecolor=INK if measured else PAPER,
+                markeredgecolor=PAPER if measured else INK,
+            )  # fmt: skip
+            edges[1] = max(edges[1], float(np.log(total)))
         ax.annotate(
-            said, (float(np.exp(edges[1])), place), (7, 0), textcoords="offset points",
-            va="center", fontsize=LABEL, weight="bold" if cell.get("g_time") else "normal",
+            _said(cell, total), (float(np.exp(edges[1])), place), (7, 0), va="center",
+            textcoords="offset points", fontsize=LABEL, weight="bold" if measured else "normal",
         )  # fmt: skip
         ends += [float(np.exp(edge)) for edge in edges.values()]
     low, high = min(ends) / 1.06, max(ends) ** 1.25 * 1.12  # room for what stands at the right
@@ -122,9 +127,18 @@ def _bars(ax: Axes, results: Results, cell_name: str, here: list[str]) -> None:
     ax.set_xlabel("gain over the baseline, log scale")
 
 
-def _said(cell: dict[str, Any]) -> str:
+def time_gain(cell: dict[str, Any], logs: dict[str, float]) -> tuple[float | None, bool]:
+    """G_time and whether it was measured; else the product of its pieces where all are known."""
     if cell.get("g_time"):
-        return f"{cell['g_time']:.2f}×"
+        return cell["g_time"], True
+    if cell["status"] != "ok" or "algorithm" not in logs or len(logs) < 2:
+        return None, False
+    return float(np.exp(sum(logs.values()))), False
+
+
+def _said(cell: dict[str, Any], total: float | None) -> str:
+    if total is not None:
+        return f"{total:.2f}×"
     if cell["status"] == "censored" and cell.get("bound"):
         return f"G_alg {'≤' if cell['bound_side'] == 'upper' else '≥'} {cell['bound']:.2f}×"
     return "no time" if cell["status"] == "ok" else cell["status"]

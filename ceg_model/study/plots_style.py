@@ -96,12 +96,13 @@ def times(value: float, _: object = None) -> str:
 
 
 def compute_axis(axis: Any, low: float, high: float) -> None:
-    """Labels of a log axis: each decade, and 2 and 5 where there is hardly a decade."""
+    """Labels of a log axis: each decade, and more between where there are few decades."""
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(power))
-    if high / low < 30:
+    if high / low < 1000:
         powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        steps = (1, 2, 5) if high / low > 3 else (1, 1.5, 2, 3, 4, 5, 7)
+        widths = ((3, (1, 1.5, 2, 3, 4, 5, 7)), (30, (1, 2, 5)), (1000, (1, 3)))
+        steps = next(found for width, found in widths if high / low < width)
         ticks = [m * 10.0**p for p in powers for m in steps]
         axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
         axis.set_minor_locator(NullLocator())
@@ -160,7 +161,7 @@ def label_ends(ax: Axes, ends: Sequence[End], height: float) -> None:
         return
     to_axes = ax.transData + ax.transAxes.inverted()
     starts = np.array([to_axes.transform((e.x, e.y)) for e in ends])
-    places = spread(np.clip(starts[:, 1], 0, 1), LABEL * 1.2 / (72 * height * 0.74))
+    places = spread(starts[:, 1], LABEL * 1.2 / (72 * height * 0.74))
     for end, start, place in zip(ends, starts, places, strict=True):
         colour, gid = end.look.colour, end.look.gid or None
         ax.plot(
@@ -174,13 +175,16 @@ def label_ends(ax: Axes, ends: Sequence[End], height: float) -> None:
 
 
 def spread(wanted: np.ndarray, gap: float) -> np.ndarray:
-    """The places nearest to `wanted` that lie at least `gap` apart, order kept.
+    """The places nearest to `wanted` that lie at least `gap` apart, order kept, within [0, 1].
 
     Neighbours that are too close become one block about their mean, until no two blocks touch.
+    More places than fit go on above 1.
     """
     order = np.argsort(wanted, kind="stable")
+    below = gap * np.arange(len(wanted))  # room that those below need
+    inside = np.maximum(np.minimum(wanted[order], 1 - below[::-1]), below)
     blocks: list[tuple[float, int]] = []  # centre and size
-    for value in wanted[order]:
+    for value in inside:
         centre, size = float(value), 1
         while blocks and centre - blocks[-1][0] < gap * (size + blocks[-1][1]) / 2:
             last, count = blocks.pop()

@@ -78,7 +78,7 @@ def _sweep(
         ax.plot(rates, above, color=look.colour, linewidth=1.4, zorder=3, marker=look.marker,
                 markersize=3.5)  # fmt: skip
         _chosen(ax, sweep, dict(zip(rates, above, strict=True)), look)
-        name = "/".join(filter(None, (sweep["scale"], sweep.get("budget") or "")))
+        name = _name(sweep, own)
         if all(end.text != name for end in ends):  # other seeds of it have the same look
             ends.append(End(rates[-1], min(above[-1], top), name, look))
     ax.set_xscale("log")
@@ -89,6 +89,12 @@ def _sweep(
     label_ends(ax, ends, HEIGHT)
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("nats above the best")
+
+
+def _name(sweep: dict[str, Any], own: list[dict[str, Any]]) -> str:
+    """The scale, and the budget where the scale was swept at more than one."""
+    budgets = {s.get("budget") for s in own if s["scale"] == sweep["scale"]}
+    return f"{sweep['scale']}/{sweep['budget']}" if len(budgets) > 1 else sweep["scale"]
 
 
 def _chosen(ax: Axes, sweep: dict[str, Any], above: dict[float, float], look: Look) -> None:

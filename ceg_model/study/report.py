@@ -63,7 +63,7 @@ def render(results: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("gain", "interval", "si", "seconds", "flag", "percent", "signed"):
+    for name in ("gain", "interval", "si", "seconds", "flag", "percent", "signed", "off"):
         environment.filters[name] = getattr(words, name)
     hardware = tables.hardware(results)
     return environment.get_template("report.html.j2").render(
@@ -76,6 +76,11 @@ def render(results: dict[str, Any]) -> str:
         undecided=verdicts.undecided(results),
         plots=_plots(results),
         pieces=_pieces(results),
+        untimed=any(
+            cell["status"] == "ok" and not cell.get("g_time")
+            for answer in results["estimate"]["arms"].values()
+            for cell in answer["scales"].values()
+        ),
         roofline=_roofline_legend(results),
         trends=tables.trends(results),
         bundles=tables.bundles(results),

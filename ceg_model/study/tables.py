@@ -22,7 +22,6 @@ def arm_rows(results: Results) -> list[dict[str, Any]]:
         own = hardware.get(scale, {}).get(arm, {})
         rows.append(
             {
-                "name": arm,
                 "title": results["titles"].get(arm, arm),
                 "kind": entry.kind if entry else "",
                 "published": entry.published if entry else (),
@@ -104,11 +103,10 @@ def fits(results: Results) -> list[dict[str, Any]]:
     for cell, fit in (results["estimate"].get("fit") or {}).items():
         row = {key: fit.get(key) for key in ("e", "e_ci", "e_drop_one")}
         row |= {"cell": cell, "doubt": fit.get("degenerate") or fit.get("reason")}
-        laws = fit.get("arms") or {"": {}}
-        for arm, law in laws.items():
+        for i, (arm, law) in enumerate((fit.get("arms") or {"": {}}).items()):
             name = results["titles"].get(arm, arm)
-            rows.append(row | {"arm": name, "a": law.get("a"), "a_ci": law.get("a_ci")})
-            row |= {"e": None, "e_ci": None, "e_drop_one": None, "doubt": "as above"}
+            own = {"arm": name, "a": law.get("a"), "a_ci": law.get("a_ci"), "first": i == 0}
+            rows.append(row | own)
     return rows
 
 

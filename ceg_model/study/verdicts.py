@@ -146,7 +146,8 @@ def _gate(results: Results) -> list[str]:
 
 
 def _open_gains(results: Results) -> list[str]:
-    lines = []
+    """Arm by arm; those of which nothing is wrong but that they have one seed share a sentence."""
+    lines, single = [], []
     for arm, answer in results["estimate"]["arms"].items():
         title, same = _title(results, arm), answer.get("equivalence")
         if same is not None:
@@ -154,25 +155,29 @@ def _open_gains(results: Results) -> list[str]:
                 lines.append(
                     f"Whether {title} leaves the loss alone, as it must: {same['reason']}."
                 )
-            continue
-        if answer["status"] == "refused":
-            lines.append(f"What {title} is worth: {'; '.join(answer['reasons'])}.")
-        elif answer["status"] == "censored":
-            who = title if answer["bound_side"] == "upper" else "the baseline"
-            lines.append(
-                f"How much exactly {title} is worth{_at(answer.get('scale'))}: {who} never reached "
-                "the target loss, so only a bound is known."
-            )
+        elif answer["status"] == "ok" and _headline(answer)[1] is None:
+            single.append(title)
         else:
-            value, pair, where = _headline(answer)
-            if pair is None:
-                lines.append(f"How sure the {gain(value)} of {title} is: one seed has no interval.")
-            elif pair[0] <= 1 <= pair[1]:
-                lines.append(
-                    f"Whether {title} is worth any compute{where}: {gain(value)} was measured, and "
-                    f"anything in {interval(pair)} would fit; 1× is no gain."
-                )
+            lines += _open_gain(title, answer)
+    if single:
+        plural = "gains" if len(single) > 1 else "gain"
+        lines.insert(0, f"How sure the {plural} of {joined(single)} can be: one seed, no interval.")
     return lines
+
+
+def _open_gain(title: str, answer: dict[str, Any]) -> list[str]:
+    if answer["status"] == "refused":
+        return [f"What {title} is worth: {'; '.join(answer['reasons'])}."]
+    if answer["status"] == "censored":
+        who = title if answer["bound_side"] == "upper" else "the baseline"
+        what = f"How much exactly {title} is worth{_at(answer.get('scale'))}"
+        return [f"{what}: {who} never reached the target loss, so only a bound is known."]
+    value, pair, where = _headline(answer)
+    if pair and pair[0] <= 1 <= pair[1]:
+        what = f"Whether {title} is worth any compute{where}"
+        fits = f"{gain(value)} was measured, and anything in {interval(pair)} would fit"
+        return [f"{what}: {fits}; 1× is no gain."]
+    return []
 
 
 def _open_trends(results: Results) -> list[str]:

@@ -82,6 +82,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.3g}%"
 
 
+def off(value: float | None, digits: int = 1) -> str:
+    """A deviation as a signed percentage; what rounds to nothing has no sign."""
+    if value is None:
+        return "–"
+    rounded = round(100 * value, digits)
+    return f"{rounded:+.{digits}f}%".replace("-", "−") if rounded else f"{0:.{digits}f}%"
+
+
 def signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}".replace("-", "−")
 
