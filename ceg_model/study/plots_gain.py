@@ -189,6 +189,9 @@ def _wedge(
     ax.plot(x, line(trend["slope"]), color=look.colour, linestyle=look.dash, linewidth=1.4)
 
 
+POINTS, TALL = 120, 10.0  # of the A/A plot: more pairs than this are a histogram, so high
+
+
 def aa(results: Results) -> Plot:
     """The baseline against itself: every pair of seeds, and the interval of their mean."""
     gate = results["estimate"]["aa"]
@@ -203,8 +206,9 @@ def _aa(ax: Axes, gate: dict[str, Any]) -> None:
     ratios = np.sort(np.array(gate["ratios"], dtype=float))
     low, high = gate.get("ci") or (ratios[0], ratios[-1])
     reach = float(np.abs(np.log([*ratios, low, high])).max()) * 1.2 + 0.01
-    places = _stacked(np.log(ratios), 2 * reach / 40)
-    top = max(places.max(), 3)
+    many = ratios.size > POINTS
+    places = np.zeros(1) if many else _stacked(np.log(ratios), 2 * reach / 40)
+    top = TALL if many else max(places.max(), 3)
     if gate.get("ci"):
         ax.axvspan(low, high, color=ALG, alpha=0.14, linewidth=0)
         ax.plot([low, high], [-1, -1], color=ALG, linewidth=2.4, solid_capstyle="butt")
@@ -212,7 +216,11 @@ def _aa(ax: Axes, gate: dict[str, Any]) -> None:
         ax.annotate(f"mean and 95% interval, {low:.3g} to {high:.3g}", (gate["g_alg"], -1),
                     (0, -7), textcoords="offset points", ha="center", va="top",
                     fontsize=NOTE, color=SOFT, bbox=HALO)  # fmt: skip
-    ax.plot(ratios, places, "o", color=ALG, markeredgecolor=PAPER, markersize=8)
+    if many:
+        counts, edges = np.histogram(np.log(ratios), bins=40)
+        ax.stairs(counts * (TALL / counts.max()), np.exp(edges), fill=True, color=ALG, alpha=0.5)
+    else:
+        ax.plot(ratios, places, "o", color=ALG, markeredgecolor=PAPER, markersize=8)
     ax.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     ax.set_xscale("log")
     ax.set_xlim(np.exp(-reach), np.exp(reach))
@@ -220,7 +228,8 @@ def _aa(ax: Axes, gate: dict[str, Any]) -> None:
     ax.yaxis.set_major_locator(NullLocator())
     ax.spines["left"].set_visible(False)
     gain_axis(ax.xaxis, *ax.get_xlim())
-    ax.set_xlabel("“gain” of the baseline over itself, a point for each pair of seeds")
+    each = f"{ratios.size} pairs of seeds" if many else "a point for each pair of seeds"
+    ax.set_xlabel(f"“gain” of the baseline over itself, {each}")
 
 
 def _stacked(values: np.ndarray, width: float) -> np.ndarray:
