@@ -17,8 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from ceg_model.mfu import check_dense
-from ceg_model.study.crossing import NOISE, loss_at, noise_sd, rise
-from ceg_model.study.curves import Curve, CurveError
+from ceg_model.study.crossing import NOISE, Crossing, loss_at, noise_sd, rise
+from ceg_model.study.curves import Curve, CurveError, Key
 
 MODES = ("endpoint", "crossing", "slope")
 TARGET_FRACTION = 0.8
@@ -68,6 +68,7 @@ class Cell:
     offer: float | None = None
     flags: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    crossings: dict[Key, Crossing] = field(default_factory=dict)  # of the target, as asked for
 
     @property
     def arms(self) -> list[str]:

@@ -102,7 +102,7 @@ def _flags(curve: Curve, index: int) -> list[str]:
     flags = []
     if curve.lr is None:
         flags.append("schedule_unknown")
-    elif not np.allclose(curve.lr[index - 1 : index + 1], curve.lr[: index + 1].max(), rtol=1e-6):
+    elif curve.lr[index - 1 : index + 1].min() < (1 - 1e-6) * curve.lr[: index + 1].max():
         flags.append("schedule_confounded")
     sd = noise_sd(curve)
     if sd is not None:

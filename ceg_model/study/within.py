@@ -67,8 +67,7 @@ def compare(cell: Cell, arm: str, options: Options) -> Result:
         result.g_hw = options.hardware.get(cell.name, {}).get(arm)
     if options.mode == "slope":
         return _local_slope(result, bases, variants)
-    assert cell.target is not None
-    return _judge(result, bases, variants, cell.target)
+    return _judge(result, bases, variants, cell)
 
 
 def _sides(
@@ -82,8 +81,13 @@ def _sides(
     return list(base.values()), list(variant.values())
 
 
-def _judge(result: Result, bases: list[Curve], variants: list[Curve], target: float) -> Result:
-    at_b, at_v = [cross(c, target) for c in bases], [cross(c, target) for c in variants]
+def _judge(result: Result, bases: list[Curve], variants: list[Curve], cell: Cell) -> Result:
+    target = cell.target
+    assert target is not None
+    for c in (*bases, *variants):  # every arm asks for the baseline's again
+        if c.key not in cell.crossings:
+            cell.crossings[c.key] = cross(c, target)
+    at_b, at_v = ([cell.crossings[c.key] for c in side] for side in (bases, variants))
     both = [*at_b, *at_v]
     if refusals := [r for c in both for r in c.refusals]:
         return result.refuse(*refusals)
