@@ -26,7 +26,7 @@ PLAN = Plan(
         "eval_every": 8, "eval_batches": 2, "checkpoint_every": 4,
     },
     budgets=(0.25, 0.5, 1.0),
-    sweep=Sweep(budget=0.5, extensions=2),
+    sweep=Sweep(budget=0.5, extensions=2, seeds=1),
     fast_curves=True,
     timing_rounds=3,
     timing_seconds=0.1,
@@ -93,6 +93,23 @@ def test_runs_follow_from_the_rates_that_the_sweeps_chose():
     # each budget grows on the trunk of the one before
     chain = [(run, s) for run, s in finals.items() if (s.arm, s.seed) == ("rope", 1)]
     assert [s.donor for _, s in chain] == ["", *(run for run, _ in chain[:-1])]
+
+
+def test_a_rate_that_parts_the_seeds_is_not_the_best():
+    """At 8e-3 one seed does very well and the other stays where it was."""
+    plan = dataclasses.replace(PLAN, sweep=Sweep(budget=0.5, seeds=2))
+
+    def loss(spec):
+        if spec.train.lr == 8e-3:
+            return 1.0 if spec.seed == 0 else 3.5
+        return 2.0 if spec.train.lr == 4e-3 else 2.2
+
+    begin = plan_runs(plan)
+    assert len(begin.runs) == 2 * 3 * 2
+    half = {run: r for run, r in finish(begin, loss).items() if begin.runs[run].seed == 0}
+    assert not plan_runs(plan, half).finals()
+    finals = plan_runs(plan, finish(begin, loss)).finals()
+    assert {s.train.lr for s in finals.values()} == {4e-3}
 
 
 def test_a_kernel_takes_over_the_baseline_s_rate_and_an_edge_is_extended():

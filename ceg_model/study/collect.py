@@ -62,7 +62,7 @@ def _sweep(tuning: Tuning) -> dict[str, Any]:
         "scale": tuning.scale,
         "arm": tuning.arm,
         "budget": f"{tuning.budget:g}",
-        "seed": str(tuning.seed),
+        "seed": ", ".join(map(str, tuning.seeds)),
         "points": [{"lr": lr, "loss": None if np.isinf(x) else x} for lr, x in points],
         "best_lr": tuning.choice.best,
         "inside": tuning.choice.inside,

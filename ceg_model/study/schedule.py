@@ -8,6 +8,7 @@ interrupted study comes to the same list.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +27,9 @@ class Tuning:
 
     arm: str
     scale: str
-    seed: int
+    seeds: tuple[int, ...]
     budget: float
-    losses: dict[float, float]  # rate -> final loss, inf where the run failed
+    losses: dict[float, float]  # rate -> final loss, the mean over seeds; inf where a run failed
     choice: Choice
 
 
@@ -101,19 +102,23 @@ def _tune(
 ) -> Tuning:
     """Follows the sweep through the results there are; adds its runs to `runs`."""
     assert plan.sweep is not None
-    seed, budget, grid = plan.seeds[0], plan.sweep.budget, plan.rates(scale)
+    seeds, budget, grid = plan.seeds[: plan.sweep.seeds], plan.sweep.budget, plan.rates(scale)
     losses: dict[float, float] = {}
     wanted = list(grid)
     while True:
         for lr in wanted:
-            run, spec = spec_of(arm, scale, seed, budget=budget, lr=lr, sweep=True)
-            runs[run] = spec
-            result = index.get(run, {})
-            if result.get("status") == "done":
-                losses[lr] = result["eval_loss"]
-            elif result.get("status") == "failed" and failed_for_good(run):
-                losses[lr] = math.inf
+            found: list[float] = []
+            for seed in seeds:
+                run, spec = spec_of(arm, scale, seed, budget=budget, lr=lr, sweep=True)
+                runs[run] = spec
+                result = index.get(run, {})
+                if result.get("status") == "done":
+                    found.append(result["eval_loss"])
+                elif result.get("status") == "failed" and failed_for_good(run):
+                    found.append(math.inf)
+            if len(found) == len(seeds):
+                losses[lr] = statistics.fmean(found)
         choice = choose(grid, losses, plan.sweep.extensions)
         if choice.best is not None or set(choice.missing) & set(wanted):
-            return Tuning(arm, scale.name, seed, budget, losses, choice)
+            return Tuning(arm, scale.name, seeds, budget, losses, choice)
         wanted = list(choice.missing)

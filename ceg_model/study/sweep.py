@@ -1,9 +1,11 @@
 """The learning-rate sweep: which rates an arm tries at a scale, and which one it gets.
 
-A grid around the scale's own rate, a factor of FACTOR apart, each tried once at the sweep's seed
-and budget. Where the best lies on the grid's edge, the grid grows on that side until it does not,
-or until `extensions` rates were added: then the arm keeps the edge's rate and is flagged
-`untuned`. A rate at which the run failed (its loss is no number) counts as worse than any other.
+A grid around the scale's own rate, a factor of FACTOR apart, each tried at one budget with the
+plan's first `seeds` seeds; the mean of their last losses counts. One seed is not enough: without
+norms, the rate that is best for one may leave the next one stuck. Where the best lies on the
+grid's edge, the grid grows on that side until it does not, or until `extensions` rates were added:
+then the arm keeps the edge's rate and is flagged `untuned`. A rate at which a run failed (its loss
+is no number) counts as worse than any other.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ class Sweep:
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     budget: float = 1.0
     extensions: int = 3
+    seeds: int = 2
 
     def __post_init__(self) -> None:
         if len(self.factors) < 3 or list(self.factors) != sorted(set(self.factors)):
             raise ValueError(f"factors must be three or more, rising, got {self.factors}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
 
 
 @dataclass(frozen=True)
