@@ -220,7 +220,7 @@ def _degenerate(e: float, others: list[float]) -> str | None:
     if high - low <= DEGENERATE * e:
         return None
     return (
-        f"E moves between {low:.3g} and {high:.3g} with the seeds drawn and without single "
+        f"E moves between {low:.2f} and {high:.2f} with the seeds drawn and without single "
         "budgets: E and a are not known apart, and nothing may be read off beyond the budgets"
     )
 
