@@ -166,6 +166,12 @@ void run_block(unsigned number) {
     if (!progress && block->stuck) report_deadlock();
     block->stuck = !progress;
   }
+  for (int id = 0; id < kBarriers; ++id) {
+    if (const unsigned arrived = block->barriers[id].arrived) {
+      throw std::runtime_error(place() + ": ends with " + std::to_string(arrived) +
+                               " threads counted at barrier " + std::to_string(id));
+    }
+  }
 }
 
 void check_limits(const char* name, dim3 grid, dim3 dim, size_t shared_bytes) {
