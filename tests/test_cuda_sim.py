@@ -40,6 +40,7 @@ def test_shared_memory_that_nobody_wrote_is_nan_in_every_block(module):
         ("divergent_barrier",
          r"divergent_barrier, block \(0, 0, 0\): .*: 1 have exited \(first: .*5.*, 95 wait in __"),
         ("too_few_at_a_barrier", r"64 have exited .*, 32 wait in bar.sync 1"),
+        ("nobody_waits", r"block \(0, 0, 0\): ends with 96 threads counted at barrier 2"),
         ("two_collectives", "lanes of a warp meet in __shfl_sync and in __ballot_sync"),
         ("misaligned", r"block \(0, 0, 0\), thread \(0, 0, 0\): misaligned access of 16 bytes"),
         ("beyond_dynamic_shared", "the launch asked for no dynamic shared memory"),

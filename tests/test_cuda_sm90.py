@@ -1,6 +1,6 @@
 """The attention forward for sm_90a without such a GPU: TMA, mbarriers and wgmma in the simulator.
 
-Copies and products land there as late as their wait allows or, with threads in reverse order, at
+Copies and products happen there when no thread can go on without them or, in reverse order, at
 once: see csrc/cuda/sim. Left out: speed, fences between proxies (every write is seen at once), and
 whether the hardware reads descriptors as the manual says.
 """
@@ -51,6 +51,8 @@ def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, hopper,
             ran += kernels
         worst = compare(op, outs, sample.args)
         assert worst <= 1, f"{sample.name}: error is {worst:.2f} times what the rule allows"
+        if sample.args[3] is None and sample.args[0].shape[0] >= 16:
+            continue  # many blocks of one kind: slow, and nothing new
         hopper(order="reverse")
         for a, b in zip(outs, as_tuple(run(*sample.args)), strict=True):
             assert torch.equal(bits(a), bits(b)), f"{sample.name}: depends on the order of threads"
@@ -107,17 +109,22 @@ def test_nan_goes_where_it_is_seen_and_nowhere_else(sim, hopper):
 def test_what_it_cannot_do_the_kernel_for_sm_80_does(sim, module, hopper):
     q, k = normal(2, 20, 2, 64), normal(1, 20, 2, 64, seed=1)
     run = sim("attention").run
+    expanded = k.expand(2, -1, -1, -1)
     cases = {
-        "head_dim 136": (90, (normal(1, 9, 1, 136),) * 3, 9),
-        "stride 0": (90, (q, k.expand(2, -1, -1, -1), k.expand(2, -1, -1, -1)), 20),
-        "sm_80": (80, (q, q, q), 20),
-        "sm_100": (100, (q, q, q), 20),
-        "sm_90": (90, (q, q, q), 20),
-    }
-    for name, (capability, qkv, t) in cases.items():
+        "needs head_dim <= 128, got 136": (90, (normal(2, 20, 1, 136),) * 3),
+        "k needs strides of a positive multiple of 16 bytes below 2^40, got 0": (
+            90, (q, expanded, expanded)),
+        "k needs 1 to 2^32 items in each dimension, got 0": (90, (q, q[:, :0], q[:, :0])),
+        "needs sm_90, got sm_80": (80, (q, q, q)),
+        "needs sm_90, got sm_100": (100, (q, q, q)),
+        "": (90, (q, q, q)),
+    }  # fmt: skip
+    for why, (capability, qkv) in cases.items():
         hopper(capability=capability)
-        run(*qkv, *tail(t, t))
-        assert module.launched() == [SM90 if name == "sm_90" else SM80], name
+        lengths = (None, None, 20, qkv[1].shape[1])
+        assert module.attention_fwd_sm90_why_not(*qkv, *lengths) == why
+        run(*qkv, *lengths, *tail(20, 20)[4:])
+        assert module.launched() == [SM80 if why else SM90], why
 
 
 def test_address_sanitizer_is_silent():

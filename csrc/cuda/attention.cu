@@ -109,7 +109,31 @@ Schedule schedule_of(const Attention& p, bool of_queries) {
   return {0, kv_heads * p.group(), section_of(kv_heads, row * p.max_k) * p.group()};
 }
 
+// All but what is written.
+AttentionFwd forward_of(const AttentionInputs& in) {
+  AttentionFwd args = {};
+  args.problem = problem_of(in);
+  args.q = view_of(in.q, in.varlen());
+  args.k = view_of(in.k, in.varlen());
+  args.v = view_of(in.v, in.varlen());
+  args.q_rows = static_cast<int>(in.q.shape[in.head_axis() - 1]);
+  args.k_rows = static_cast<int>(in.k.shape[in.head_axis() - 1]);
+  args.schedule = schedule_of(args.problem, true);
+  return args;
+}
+
 }  // namespace
+
+std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                                       int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const Optional none;
+  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                              none, none, 1, false,        -1,           -1,           0};
+  check(in);
+  const OnDevice guard(q.device);
+  return attention_sm90_why_not(forward_of(in));
+}
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
                    const Optional& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
@@ -137,16 +161,9 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   in.check_row_stat("lse", lse);
 
   const OnDevice guard(q.device);
-  AttentionFwd args = {};
-  args.problem = problem_of(in);
-  args.q = view_of(q, in.varlen());
-  args.k = view_of(k, in.varlen());
-  args.v = view_of(v, in.varlen());
+  AttentionFwd args = forward_of(in);
   args.out = view_of(out, in.varlen());
   args.lse = row_view_of(lse, in.varlen());
-  args.q_rows = static_cast<int>(q.shape[in.head_axis() - 1]);
-  args.k_rows = static_cast<int>(k.shape[in.head_axis() - 1]);
-  args.schedule = schedule_of(args.problem, true);
   const bool on_sm90 = attention_sm90_why_not(args).empty();
   (on_sm90 ? attention_sm90_fwd : attention_sm80_fwd)(args, q.dtype, stream);
 }

@@ -79,6 +79,12 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                    double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
                    double softcap, uintptr_t stream);
 
+// Why the forward of these runs the kernel for sm_80 on their GPU and not that for sm_90, or "".
+std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const std::optional<Tensor>& cu_seqlens_q,
+                                       const std::optional<Tensor>& cu_seqlens_k,
+                                       int64_t max_seqlen_q, int64_t max_seqlen_k);
+
 // delta: a float for each of lse's, written and read on the way.
 void attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
                    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,

@@ -63,6 +63,7 @@ struct Block {
   std::vector<std::map<unsigned, Meeting>> warps;  // by mask
   Barrier barriers[kBarriers];
   std::exception_ptr error;
+  bool stuck = false;  // no thread could go on
 };
 
 Block* block = nullptr;
@@ -162,7 +163,14 @@ void run_block(unsigned number) {
       const unsigned end = std::min(first + group, n);
       while (run_round(&order[first], order.data() + end, left)) progress = true;
     }
-    if (!progress) report_deadlock();
+    if (!progress && block->stuck) report_deadlock();
+    block->stuck = !progress;
+  }
+  for (int id = 0; id < kBarriers; ++id) {
+    if (const unsigned arrived = block->barriers[id].arrived) {
+      throw std::runtime_error(place() + ": ends with " + std::to_string(arrived) +
+                               " threads counted at barrier " + std::to_string(id));
+    }
   }
 }
 
@@ -259,6 +267,8 @@ void suspend_until(const char* what, bool (*ready)(const void*), const void* arg
   self.argument = argument;
   self.fiber.suspend();
 }
+
+bool last_moment() { return std::exchange(block->stuck, false); }
 
 void barrier_arrive(const char* what, int id, unsigned expected) {
   if (id < 0 || id >= kBarriers) fail(std::string(what) + ": no barrier " + std::to_string(id));

@@ -59,6 +59,10 @@ void wait_until(const char* what, const Ready& ready) {
   suspend_until(what, [](const void* r) { return (*static_cast<const Ready*>(r))(); }, &ready);
 }
 
+// For the condition of a wait: true once each time that no thread could go on. Work that may be
+// done at any time until somebody waits for it is done then, as late as possible.
+bool last_moment();
+
 // Waits for `threads` threads (0: all of the block) at barrier `id`, as PTX's barrier.sync does.
 void barrier_sync(const char* what, int id = 0, unsigned threads = 0);
 // Counts as one of them and does not wait: barrier.arrive.

@@ -51,7 +51,7 @@ void run(uintptr_t at, const Copy& copy) {
 // A phase that lacks nothing but bytes gets them.
 void land(uintptr_t at) {
   const auto found = block_state<Copies>().find(at);
-  if (found == block_state<Copies>().end() || load(at).pending) return;
+  if (found == block_state<Copies>().end() || load(at).pending || !last_moment()) return;
   const std::vector<Copy> copies = std::move(found->second);
   block_state<Copies>().erase(found);
   for (const Copy& copy : copies) run(at, copy);

@@ -46,6 +46,8 @@ __global__ void too_few_at_a_barrier(float*) {
   if (threadIdx.x < kWarp) barrier_sync("bar.sync 1", 1, 2 * kWarp);
 }
 
+__global__ void nobody_waits(float*) { barrier_arrive("bar.arrive 2", 2, 2 * kThreads); }
+
 __global__ void two_collectives(float* out) {
   if (threadIdx.x == 3) {
     __ballot_sync(kFullWarp, true);
@@ -78,6 +80,7 @@ constexpr Case kCases[] = {{"block_sum", block_sum},
                            {"unwritten_shared", unwritten_shared},
                            {"divergent_barrier", divergent_barrier},
                            {"too_few_at_a_barrier", too_few_at_a_barrier},
+                           {"nobody_waits", nobody_waits},
                            {"two_collectives", two_collectives},
                            {"misaligned", misaligned},
                            {"beyond_shared", beyond_shared},

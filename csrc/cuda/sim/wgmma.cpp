@@ -176,7 +176,9 @@ void wgmma_wait(int groups) {
   }
   Warpgroup& group = warpgroup();
   wait_until("wgmma.wait_group", [&] {
-    while (group.computed < until && front_is_complete(group)) compute(group);
+    if (group.computed < until && front_is_complete(group) && last_moment()) {
+      while (group.computed < until && front_is_complete(group)) compute(group);
+    }
     return group.computed >= until;
   });
 }

@@ -1,6 +1,6 @@
-// A warpgroup's asynchronous products: issued now, computed as late as their wait allows, or, with
-// threads in reverse order, as soon as all have issued them. From issue to wait the accumulators
-// are NaN, for whoever reads them early, and must not be written.
+// A warpgroup's asynchronous products: issued now, computed when no thread can go on without them
+// or, with threads in reverse order, as soon as all have issued them. From issue to wait the
+// accumulators are NaN, for whoever reads them early, and must not be written.
 #pragma once
 
 #include <cstdint>
