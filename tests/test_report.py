@@ -16,6 +16,8 @@ from ceg_model.study import plots, plots_gain, plots_loss, plots_sweep, verdicts
 from ceg_model.study.cells import Options
 from ceg_model.study.curves import Key, make_curve
 from ceg_model.study.estimate import estimate
+from ceg_model.study.plan import Plan
+from ceg_model.study.plans import PLANS
 from ceg_model.study.plots_parts import interaction_steps, pieces, shapley_steps, time_gain
 from ceg_model.study.plots_style import spread
 from ceg_model.study.report import render, write_report
@@ -279,3 +281,13 @@ def test_number_words():
     assert (words.percent(None), words.percent(0.3149)) == ("–", "31.5%")
     assert (words.off(0.0302), words.off(-0.0004), words.off(-0.02)) == ("+3.0%", "0.0%", "−2.0%")
     assert words.joined(["a", "b", "c"]) == "a, b and c"
+
+
+def test_the_committed_study_is_of_the_plan_that_is_there_and_renders():
+    folder = Path(__file__).parents[1] / "examples" / "studies" / "cpu-ladder"
+    results = json.loads((folder / "results.json").read_text())
+    assert Plan.from_dict(results["plan"]) == PLANS["cpu-ladder"]
+    assert results["complete"]["planned"] == results["complete"]["done"]
+    page = render(results)
+    for sentence in verdicts.found(results):
+        assert sentence.split(":")[0] in page

@@ -246,17 +246,20 @@ def _open_fits(results: Results) -> list[str]:
 
 
 def _open_speeds(results: Results) -> list[str]:
-    """Steps whose time the kernels' own times do not explain."""
-    lines = []
-    for scale, arms in (results.get("hardware") or {}).items():
-        for arm, own in arms.items():
-            share = (own.get("amdahl") or {}).get("unexplained")
-            if share is not None and abs(share) > MAX_DRIFT:
-                lines.append(
-                    f"Where {abs(share):.0%} of the step time of {_title(results, arm)} at scale "
-                    f"{scale} comes from: its kernels’ own times do not explain it."
-                )
-    return lines
+    """Steps whose time the kernels' own times do not explain: in one sentence, or it drowns all."""
+    shares = [
+        (abs(share), f"{_title(results, arm)} at scale {scale}")
+        for scale, arms in (results.get("hardware") or {}).items()
+        for arm, own in arms.items()
+        if (share := (own.get("amdahl") or {}).get("unexplained")) is not None
+    ]
+    odd = [pair for pair in shares if pair[0] > MAX_DRIFT]
+    if not odd:
+        return []
+    most, where = max(odd)
+    count = f"in {len(odd)} of {len(shares)} steps" if len(odd) > 1 else "in one step"
+    text = f"Where more than {MAX_DRIFT:.0%} of the time comes from {count}"
+    return [f"{text} (most, {most:.0%}: {where}): the kernels’ own times do not explain it."]
 
 
 def _title(results: Results, arm: str) -> str:
