@@ -196,7 +196,7 @@ def test_what_was_not_decided_stands_apart_from_what_was_found():
               "Whether the gain of Multi-query attention grows with compute",
               "The best learning rate of Mixture of experts at scale L",
               "The loss that more compute would lead to (L)",
-              "Where more than 5% of the time comes from in one step (most, 8%: Mixture of"]  # fmt: skip
+              "Where more than 5% of the time comes from in one step (most, 8%: "]  # fmt: skip
     for start in starts:
         assert sum(line.startswith(start) for line in still_open) == 1, start
     assert len(still_open) == len(starts)
