@@ -16,7 +16,8 @@ from ceg_model.study.curve_export import study_curves, write_curves
 from ceg_model.study.curve_import import Wanted, import_curves, table, write_table
 from ceg_model.study.curves import CurveError, read_csv
 from ceg_model.study.lockstep import in_turn
-from ceg_model.study.plan import Scale, plan_named
+from ceg_model.study.plan import Scale
+from ceg_model.study.plans import plan_named
 from ceg_model.study.runner import our_kernels, planned
 from ceg_model.study.store import Store
 from ceg_model.train import resolve_device, training

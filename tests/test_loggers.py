@@ -15,7 +15,7 @@ from ceg_model import cli, data
 from ceg_model.config import GPTConfig
 from ceg_model.loggers import PACKAGES
 from ceg_model.rundir import read_metrics
-from ceg_model.study.plan import plan_named
+from ceg_model.study.plans import plan_named
 from ceg_model.study.store import Store
 from ceg_model.train import run_id, train, training
 from ceg_model.train_config import TrainConfig
