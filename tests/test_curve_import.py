@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from ceg_model import cli, data, environment
+from ceg_model.device import resolve_device
 from ceg_model.study.collect import collect
 from ceg_model.study.curve_export import study_curves, write_curves
 from ceg_model.study.curve_import import Wanted, import_curves, table, write_table
@@ -18,9 +19,10 @@ from ceg_model.study.curves import CurveError, read_csv
 from ceg_model.study.lockstep import in_turn
 from ceg_model.study.plan import Scale
 from ceg_model.study.plans import plan_named
-from ceg_model.study.runner import our_kernels, planned
+from ceg_model.study.runner import our_kernels
+from ceg_model.study.schedule import schedule
 from ceg_model.study.store import Store
-from ceg_model.train import resolve_device, training
+from ceg_model.train import training
 
 STEPS = range(10, 310, 10)
 GAINS = {"base": 1, "mod - b": 2}  # a run's name may hold W&B's own separator
@@ -247,7 +249,8 @@ def study(tmp_path_factory):
         }
     )
     groups = {}
-    for run, spec in planned(plan, ours, tokens):
+    found = schedule(plan, ours, data_hash=tokens.hash, vocab_size=tokens.vocab_size, index={})
+    for run, spec in found.runs.items():
         groups.setdefault((spec.scale, spec.seed), {})[run] = spec
     for group in groups.values():
         rows = {
