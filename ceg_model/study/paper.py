@@ -70,7 +70,7 @@ V2 = {
     "native_sparse": (0.515, 0.964),
     "ln_rope_fa": (3.483, 1.800),
 }
-_NOT_OURS = {"native_sparse": "Native sparse attention"}  # FLOPs of its step: not published
+SIZES_UNKNOWN = ("native_sparse",)  # its blocks are not published, so nor are a step's FLOPs
 
 
 def _model(n_layer: int, n_head: int, d_model: int, seq_len: int) -> dict[str, Any]:
@@ -107,8 +107,8 @@ def take_apart(
 
 @cache
 def work_ratio(arm: str, model: str) -> float | None:
-    """Model FLOPs of the arm's iteration over the baseline's; None where we have no such model."""
-    if arm not in INNOVATIONS:
+    """Model FLOPs of the arm's iteration over the baseline's; None where its sizes are unknown."""
+    if arm in SIZES_UNKNOWN:
         return None
     base = MODELS[model]
     variant = {**base, **config_changes(arm, base)}
@@ -157,13 +157,11 @@ def _row(arm: str) -> dict[str, Any]:
 
 def _v2_row(arm: str) -> dict[str, Any]:
     """A ratio of steps is G_alg where a step costs the same; without seconds there is no G_hw."""
-    out: dict[str, Any] = {
-        "title": INNOVATIONS[arm].title if arm in INNOVATIONS else _NOT_OURS[arm]
-    }
+    out: dict[str, Any] = {"title": INNOVATIONS[arm].title}
     for at, steps in zip(("compact", "full"), V2[arm], strict=True):
         work = work_ratio(arm, f"v2 {at}")
         implied = None if work is None else steps / work
-        same = arm in INNOVATIONS and is_same_maths(arm)
+        same = is_same_maths(arm)
         g_alg = 1.0 if same else implied
         out[at] = {"steps": steps, "work": work, "implied": implied, "g_alg": g_alg, "g_hw": None}
     return out
