@@ -39,6 +39,7 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
         scale: {arm: gains["source"] for arm, gains in arms.items()}
         for scale, arms in out["hardware"].items()
     }
+    out["estimate"]["class_hw"] = list(out["estimate"]["class_hw"])
     out["throughput"] = {scale: list(timed["arms"]) for scale, timed in out["throughput"].items()}
     return out
 

@@ -151,7 +151,7 @@ def test_a_kill_at_each_of_the_worst_moments(tmp_path, tokens, undisturbed):
     for moment, deadly in WORST.items():
         process = start(tmp_path / "s", tokens, deadly=deadly)
         process.join()
-        assert process.exitcode == -signal.SIGKILL, moment
+        assert process.exitcode == -signal.SIGKILL, (moment, Store(tmp_path / "s").index())
         assert wait_until_gone(process.pid, GONE_S) == []
     assert_goes_on_to(undisturbed[0], tmp_path / "s", tokens)
 
