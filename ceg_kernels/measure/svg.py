@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, FAINT, PAPER, SOFT = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -86,7 +87,8 @@ def panel(
             axes.annotate(note, (0, 1), (0, 5), xycoords="axes fraction", color=SOFT,
                           textcoords="offset points", annotation_clip=False)  # fmt: skip
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        # savefig would draw it twice.
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     return _inline(text.getvalue(), name, label or title)
 
 

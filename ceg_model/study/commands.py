@@ -120,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with Progress("data") as progress:
             data.prepare(data.Request(**plan.data), folder, progress)
     start = time.monotonic()
-    if plan.name != "smoke":
+    if plan.name != "smoke":  # a minute at most, and its numbers mean nothing
         device = "cuda" if torch.cuda.is_available() else "cpu"
         machine.describe(Path(arguments.out), device, say=lambda text: print(text, file=sys.stderr))
     with Progress(f"study {plan.name}") as progress:

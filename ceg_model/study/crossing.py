@@ -30,10 +30,6 @@ class Crossing:
     refusals: tuple[str, ...] = ()
 
 
-def running_minimum(curve: Curve) -> Array:
-    return np.minimum.accumulate(curve.loss)
-
-
 def noise_sd(curve: Curve) -> float | None:
     """The evaluation noise: scatter about the line through both neighbours, over the last half.
 
@@ -42,7 +38,7 @@ def noise_sd(curve: Curve) -> float | None:
     n = curve.loss.size
     if n < 6:
         return None
-    x, y = np.log(curve.flops)[n // 2 - 1 :], curve.loss[n // 2 - 1 :]
+    x, y = curve.log_flops[n // 2 - 1 :], curve.loss[n // 2 - 1 :]
     weight = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])
     residual = y[1:-1] - weight * y[:-2] - (1 - weight) * y[2:]
     return float(np.sqrt(np.mean(residual**2 / (1 + weight**2 + (1 - weight) ** 2))))
@@ -57,13 +53,13 @@ def rise(curve: Curve) -> float | None:
 
 def loss_at(curve: Curve, flops: float, *, best: bool) -> float:
     """The loss at `flops`, linear in ln C; best takes the running minimum, which never rises."""
-    loss = running_minimum(curve) if best else curve.loss
-    return float(np.interp(np.log(flops), np.log(curve.flops), loss))
+    loss = curve.running_minimum if best else curve.loss
+    return float(np.interp(np.log(flops), curve.log_flops, loss))
 
 
 def first_at_or_below(curve: Curve, targets: Array) -> NDArray[np.int64]:
     """Index of the first evaluation whose running minimum is at or below each target; n if none."""
-    return np.searchsorted(-running_minimum(curve), -targets, side="left")
+    return np.searchsorted(-curve.running_minimum, -targets, side="left")
 
 
 def log_flops_at(curve: Curve, targets: Array) -> Array:
@@ -71,7 +67,7 @@ def log_flops_at(curve: Curve, targets: Array) -> Array:
     index = first_at_or_below(curve, targets)
     usable = (index >= MIN_EVALS_BEFORE) & (index < curve.loss.size)
     at = np.where(usable, index, 1)
-    low, x = running_minimum(curve), np.log(curve.flops)
+    low, x = curve.running_minimum, curve.log_flops
     drop = low[at - 1] - low[at]
     part = np.divide(low[at - 1] - targets, drop, out=np.zeros_like(drop), where=drop > 0)
     return np.where(usable, x[at - 1] + part * (x[at] - x[at - 1]), np.nan)
@@ -107,7 +103,7 @@ def _flags(curve: Curve, index: int) -> list[str]:
     sd = noise_sd(curve)
     if sd is not None:
         near = slice(max(index - 3, 0), index + 3)
-        x = np.log(curve.flops[near])
+        x = curve.log_flops[near]
         slope = -slope_of(x, curve.loss[near])
         if slope * (x[-1] - x[0]) / (x.size - 1) < NOISE * sd:
             flags.append("plateau")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ class Curve:
     executed_flops: Array | None = None
     identity: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+
+    @cached_property
+    def log_flops(self) -> Array:
+        return np.log(self.flops)
+
+    @cached_property
+    def running_minimum(self) -> Array:
+        return np.minimum.accumulate(self.loss)
 
 
 def make_curve(

@@ -27,6 +27,7 @@ from ceg_model.study.crossing import NOISE
 from ceg_model.study.curves import disagreement
 from ceg_model.study.gains import (
     Result,
+    begin,
     differences,
     executed_over_model,
     mean_interval,
@@ -62,11 +63,8 @@ __all__ = [
 
 def compare(cell: Cell, arm: str, options: Options) -> Result:
     """Arm against baseline in one cell."""
-    result = Result(flags=list(cell.flags), target=cell.target)
+    result = begin(cell, arm, options)
     result.extra = {"overlap": None, "g_alg_overlap_mean": None}
-    if (why := options.why_untuned(cell.scales, arm)) is not None:
-        result.flags.append("untuned")
-        result.reasons.extend(why)
     variants = cell.curves(arm)
     reasons = [*cell.refusals, *(r for c in variants for r in distrust(c, options))]
     if any(not c.loss.size for c in variants):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ceg_model.study import stats
+from ceg_model.study.cells import Options
 from ceg_model.study.curves import Curve
 from ceg_model.study.stats import Array
 
@@ -85,6 +86,25 @@ class Result:
             "flags": list(dict.fromkeys(self.flags)),
             "reasons": list(dict.fromkeys(self.reasons)),
         } | self.extra
+
+
+class Held(Protocol):
+    """What the cells of both modes have."""
+
+    flags: list[str]
+    target: float | None
+
+    @property
+    def scales(self) -> list[str]: ...
+
+
+def begin(cell: Held, arm: str, options: Options) -> Result:
+    """A result with what holds for the cell and for how the arm was tuned."""
+    result = Result(flags=list(cell.flags), target=cell.target)
+    if (why := options.why_untuned(cell.scales, arm)) is not None:
+        result.flags.append("untuned")
+        result.reasons.extend(why)
+    return result
 
 
 def name_seeds(result: Result, base: Iterable[str], variant: Iterable[str]) -> None:

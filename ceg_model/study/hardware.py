@@ -45,15 +45,16 @@ def rates(
         for run, s in specs
         if run in clocks and s.train.backend == backends_of(s.arm, ours)
     }
+    work = {(s.scale, s.arm): _flops_per_step(s) for _, s in place.values()}
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
     base_rates: dict[tuple[str, str], list[float]] = {}
     for (scale, seed, arm), (run, spec) in place.items():
         base, base_spec = place.get((scale, seed, plan.baseline), (None, spec))
         if base is not None:
-            work = _flops_per_step(spec) / _flops_per_step(base_spec)
-            gains = rate_gains(np.array(clocks[base]), np.array(clocks[run]))
-            logs.setdefault((scale, arm), []).append(gains + np.log(work))
-            rate = _flops_per_step(base_spec) * base_spec.train.steps / clocks[base][-1]
+            base_work = work[scale, plan.baseline]
+            gains = rate_gains(clocks[base], clocks[run])
+            logs.setdefault((scale, arm), []).append(gains + np.log(work[scale, arm] / base_work))
+            rate = base_work * base_spec.train.steps / clocks[base][-1]
             base_rates.setdefault((scale, arm), []).append(rate)
     found = {key: stats.t_interval(np.concatenate(parts)) for key, parts in logs.items()}
     return {

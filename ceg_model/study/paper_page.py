@@ -70,7 +70,7 @@ def _v2_table(rows: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     out = []
     for arm, row in rows.items():
         compact, full = row["compact"], row["full"]
-        same = arm in paper.INNOVATIONS and paper.is_same_maths(arm)
+        same = paper.is_same_maths(arm)
         gains = ["1 by construction"] * 2 if same else [_cell(p["g_alg"]) for p in (compact, full)]
         mark = " [7]" if arm == paper.BUNDLE else ""
         steps = [f"{compact['steps']:.3f}", f"{full['steps']:.3f}{mark}"]

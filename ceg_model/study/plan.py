@@ -78,6 +78,11 @@ class Plan:
             raise ValueError(
                 f"the sweep's budget must be one of {self.budgets}, got {self.sweep.budget}"
             )
+        if self.sweep is not None and self.sweep.seeds > len(self.seeds):
+            raise ValueError(
+                f"the sweep's seeds must be at most the plan's {len(self.seeds)}, "
+                f"got {self.sweep.seeds}"
+            )
         if self.lockstep and (self.sweep is not None or len(self.budgets) > 1):
             raise ValueError("lockstep must be False with a sweep or several budgets, got True")
 
@@ -189,9 +194,8 @@ def run_spec(
     budget: float = 1.0,
     lr: float | None = None,
     sweep: bool = False,
-    donor: str = "",
 ) -> RunSpec:
     backend = trained_backends(plan, arm, ours)
     train = train_config(plan, arm, scale, seed, backend, budget=budget, lr=lr)
     model = model_config(arm, scale, vocab_size)
-    return RunSpec(arm, scale.name, seed, model, train, budget, sweep, donor)
+    return RunSpec(arm, scale.name, seed, model, train, budget, sweep)

@@ -85,7 +85,7 @@ _PAPER_FULL = _gpu_scale(
 _GPU_TRAIN = {
     **_COMPLETE, "warmup_steps": 250, "dtype": "bfloat16", "checkpoint_every": 500, "log_every": 25,
 }  # fmt: skip
-_PAPER: dict[str, Any] = {
+_GPU: dict[str, Any] = {
     "budgets": _BUDGETS, "sweep": Sweep(budget=0.125), "seeds": (0, 1, 2), "train": _GPU_TRAIN,
     "data": OPENWEBTEXT, "timing_seconds": 30.0, "fast_curves": True,
 }  # fmt: skip
@@ -108,14 +108,14 @@ PLANS = {
             "paper-compact",
             _LADDER_ARMS,
             (_PAPER_COMPACT,),
-            **_PAPER,
+            **_GPU,
             note="the paper's smaller model (second version) on its data; for a GPU; never run",
         ),
         Plan(
             "paper-full",
             _LADDER_ARMS,
             (_PAPER_COMPACT, _PAPER_V1, _PAPER_FULL),
-            **_PAPER,
+            **_GPU,
             note="the three models of both versions of the paper, on its data; GPUs; never run",
         ),
         Plan(
@@ -153,13 +153,7 @@ PLANS = {
                     lr=1e-3,
                 ),
             ),
-            seeds=(0, 1, 2),
-            train=_GPU_TRAIN,
-            budgets=_BUDGETS,
-            sweep=Sweep(budget=0.125),
-            fast_curves=True,
-            timing_seconds=30.0,
-            data=OPENWEBTEXT,
+            **_GPU,
             note="three scales over 35x compute, sized to a few hours of one large GPU; never run",
         ),
         Plan(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ceg_model.study.innovations import twin
@@ -59,8 +59,17 @@ def schedule(
     out = Schedule()
     rates: dict[tuple[str, str], float | None] = {}
 
-    def spec_of(arm: str, scale: Scale, seed: int, **more: Any) -> tuple[str, RunSpec]:
-        spec = run_spec(plan, arm, scale, seed, ours=ours, vocab_size=vocab_size, **more)
+    # Seeds differ in nothing else, and checking a config takes longer than all the rest.
+    first: dict[tuple[Any, ...], RunSpec] = {}
+
+    def spec_of(
+        arm: str, scale: Scale, seed: int, *, donor: str = "", **more: Any
+    ) -> tuple[str, RunSpec]:
+        like = arm, scale.name, *more.items()
+        if like not in first:
+            first[like] = run_spec(plan, arm, scale, 0, ours=ours, vocab_size=vocab_size, **more)
+        spec = first[like]
+        spec = replace(spec, seed=seed, train=replace(spec.train, seed=seed), donor=donor)
         return run_id(spec.model, spec.train, data_hash), spec
 
     for scale in reversed(plan.scales) if plan.sweep else ():

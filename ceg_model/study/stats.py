@@ -131,6 +131,7 @@ def bca(
         tuple(groups),
         mean,
         n_resamples=resamples,
+        batch=256,  # what fits in a cache
         confidence_level=asked,
         vectorized=True,
         method="BCa",

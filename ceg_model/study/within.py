@@ -17,11 +17,11 @@ from ceg_model.study.crossing import (
     log_flops_at,
     loss_at,
     noise_sd,
-    running_minimum,
 )
 from ceg_model.study.curves import Curve, disagreement
 from ceg_model.study.gains import (
     Result,
+    begin,
     differences,
     executed_over_model,
     name_seeds,
@@ -48,10 +48,7 @@ RANGE_POINTS = 33
 
 def compare(cell: Cell, arm: str, options: Options) -> Result:
     """Arm against baseline in one cell."""
-    result = Result(flags=list(cell.flags), target=cell.target)
-    if (why := options.why_untuned(cell.scales, arm)) is not None:
-        result.flags.append("untuned")
-        result.reasons.extend(why)
+    result = begin(cell, arm, options)
     base, variant = cell.curves.get(options.baseline, {}), cell.curves[arm]
     reasons = [*cell.refusals, *(r for c in variant.values() for r in distrust(c, options))]
     if reasons:
@@ -177,7 +174,7 @@ def over_range(cell: Cell, arm: str, options: Options) -> dict[str, list[float |
     if not curves or any(c.problems or c.loss.size <= MIN_EVALS_BEFORE for c in curves):
         return None
     low = max(float(c.loss.min()) for c in curves)
-    high = min(float(running_minimum(c)[MIN_EVALS_BEFORE - 1]) for c in curves)
+    high = min(float(c.running_minimum[MIN_EVALS_BEFORE - 1]) for c in curves)
     if not low < high:
         return None
     losses = np.linspace(high, low, RANGE_POINTS + 1)[1:]
