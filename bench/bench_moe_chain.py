@@ -13,7 +13,8 @@ import torch
 
 from ceg_kernels import moe_combine, moe_dispatch, moe_route, use_backend
 from ceg_kernels.measure import peers
-from ceg_kernels.measure.suite import STOCK
+from ceg_kernels.measure.accuracy import error_fraction
+from ceg_kernels.measure.suite import LOOSE, STOCK
 from ceg_kernels.op import OPS, Cost
 
 MOE_SHAPES = {  # tokens, experts, top_k, D
@@ -76,11 +77,11 @@ def test_moe(shape, dtype, benchmark, report, request):
             formula = peers.moe_loop if name == "loop" else moe_formula
             formula = torch.compile(formula) if name == "compile" else formula
             calls[name] = lambda formula=formula: formula(x, logits, top_k)
-    want = moe_public(x.double(), logits.double(), top_k)
+    with use_backend("reference"):
+        gold = moe_public(x.double(), logits.double(), top_k)
+        base = moe_public(x.float(), logits.float(), top_k)
     for name, call in calls.items():
-        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(
-            call().double(), want, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        off = error_fraction(call(), gold, base, OPS["moe_combine"].slack)
+        assert off <= (1 if name in ("cpu", *STOCK) else LOOSE), f"{name}: {off:.2g}"
     report("moe_chain", "fwd", shape, dtype, calls, moe_cost(x, logits, top_k), 20.0)
     benchmark.pedantic(ours, rounds=3)

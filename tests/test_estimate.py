@@ -397,6 +397,23 @@ def test_slope_mode():
     assert far["status"] == "refused"
 
 
+def test_slope_mode_of_runs_that_share_no_seed():
+    """All runs of either side count, in whatever order, and the interval is Welch's."""
+    curves = shifted(1.1, seeds=4)
+    base = [c for c in curves if c.key.arm == "baseline"]
+    arm = [
+        dataclasses.replace(c, key=Key("arm", seed=f"x{i}"), loss=c.loss + 1e-3 * i)
+        for i, c in enumerate([c for c in curves if c.key.arm == "arm"][:3])
+    ]
+    out, other = (
+        estimate([*base, *runs], Options(mode="slope"))["arms"]["arm"] for runs in (arm, arm[::-1])
+    )
+    assert out["g_alg"] == pytest.approx(1.1, rel=2e-2)
+    assert [out["g_alg"], *out["ci"]] == pytest.approx([other["g_alg"], *other["ci"]])
+    assert out["ci_method"] == "Welch t over seeds"
+    assert "unpaired" in out["flags"]
+
+
 @pytest.mark.parametrize(
     ("steps", "ms", "g_alg", "g_hw"),
     [((5100, 5100), (783059, 721882), 1.0, 1.0847), ((1490, 1390), (1490, 1390), 1.0719, 1.0)],

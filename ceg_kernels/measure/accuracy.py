@@ -96,7 +96,7 @@ def _worst(op: Op, outs: tuple, args: tuple, base_args: tuple, slacks: list[floa
     ):
         if out.shape != gold.shape or out.dtype != fake.dtype:
             return float("inf")
-        worst = max(worst, _fraction(out, gold, base, slack))
+        worst = max(worst, error_fraction(out, gold, base, slack))
     return worst
 
 
@@ -118,7 +118,11 @@ def _expected(op: Op, args: tuple) -> tuple[Tensor, ...]:
     return as_tuple(op.fake(*meta))
 
 
-def _fraction(out: Tensor, gold: Tensor, base: Tensor, slack: float) -> float:
+def error_fraction(out: Tensor, gold: Tensor, base: Tensor, slack: float) -> float:
+    """The error of one output as a fraction of what the rule allows.
+
+    gold: the formula in fp64; base: in fp32, rounded to out's dtype here; both of out's shape.
+    """
     if out.numel() == 0:
         return 0.0
     if not out.is_floating_point():

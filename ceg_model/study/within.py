@@ -24,6 +24,7 @@ from ceg_model.study.gains import (
     begin,
     differences,
     executed_over_model,
+    mean_interval,
     name_seeds,
     settle,
     settle_bound,
@@ -129,29 +130,28 @@ def _whole_run_rate(bases: list[Curve], variants: list[Curve]) -> float | None:
 def _local_slope(result: Result, bases: list[Curve], variants: list[Curve]) -> Result:
     """G = exp((L_b - L_v) / s) at the last common FLOPs, s = -dL/dlnC of the baseline there.
 
-    It needs pairs of runs; those that share no seed are paired in the order given.
+    Seed by seed, with the slope of each; runs that share no seed have one mean slope.
     """
-    logs = []
-    for b, v in zip(bases, variants, strict=False):
-        at = min(float(b.flops[-1]), float(v.flops[-1]))
-        if float(b.flops[0]) > at / 1.25 or float(v.flops[0]) > at:
-            return result.refuse("the curves share no range of FLOPs around their ends")
-        window = b.flops >= at / 1.5
-        if window.sum() < 3:
-            return result.refuse("3 baseline evaluations are needed within the last third: densify")
-        s = -float(np.polyfit(np.log(b.flops[window]), b.loss[window], 1)[0])
-        if s <= NOISE * (noise_sd(b) or 0.0):
-            result.flags.append("plateau")
-        if s <= 0:
-            return result.refuse("the baseline's loss does not fall at the end of its run")
-        logs.append((loss_at(b, at, best=True) - loss_at(v, at, best=True)) / s)
-        if b.lr is None or v.lr is None:
-            result.flags.append("schedule_unknown")
-        elif not (np.allclose(b.lr[window], b.lr.max()) and np.isclose(v.lr[-1], v.lr.max())):
+    both = [*bases, *variants]
+    at = min(float(c.flops[-1]) for c in both)
+    if any(float(b.flops[0]) > at / 1.25 for b in bases) or any(c.flops[0] > at for c in variants):
+        return result.refuse("the curves share no range of FLOPs around their ends")
+    slopes = [_end_slope(b, at, result) for b in bases]
+    if result.status == "refused":
+        return result
+    for v in variants:
+        if v.lr is not None and not np.isclose(v.lr[-1], v.lr.max()):
             result.flags.append("schedule_confounded")
-    result.logs = np.array(logs)
+    if any(c.lr is None for c in both):
+        result.flags.append("schedule_unknown")
+    loss_b, loss_v = (np.array([loss_at(c, at, best=True) for c in s]) for s in (bases, variants))
+    slope = np.mean(slopes) if result.unpaired else np.array(slopes)
+    # In ln C about the baseline's mean, so that no slope multiplies the loss itself.
+    middle = loss_b.mean()
+    log_b, log_v = (loss_b - middle) / slope, (loss_v - middle) / slope
+    result.logs = differences(result, log_b, log_v)
     result.log_base = np.log([b.flops[-1] for b in bases])
-    result.interval = stats.paired_interval(result.logs)
+    result.interval = mean_interval(result, log_b, log_v)
     if result.g_hw is None:
         result.g_hw = _whole_run_rate(bases, variants)
     if abs(result.logs.mean()) > np.log(1.25):
@@ -161,6 +161,22 @@ def _local_slope(result: Result, bases: list[Curve], variants: list[Curve]) -> R
         result.log_time = result.logs + np.log(result.g_hw)
         result.flags.append("time_inferred")
     return result
+
+
+def _end_slope(base: Curve, at: float, result: Result) -> float:
+    """-dL/dlnC of a run about `at` FLOPs; refuses the result where there is none to be had."""
+    window = base.flops >= at / 1.5
+    if window.sum() < 3:
+        result.refuse("3 baseline evaluations are needed within the last third: densify")
+        return np.nan
+    slope = -float(np.polyfit(base.log_flops[window], base.loss[window], 1)[0])
+    if slope <= NOISE * (noise_sd(base) or 0.0):
+        result.flags.append("plateau")
+    if slope <= 0:
+        result.refuse("the baseline's loss does not fall at the end of its run")
+    if base.lr is not None and not np.allclose(base.lr[window], base.lr.max()):
+        result.flags.append("schedule_confounded")
+    return slope
 
 
 def over_range(cell: Cell, arm: str, options: Options) -> dict[str, list[float | None]] | None:
