@@ -60,16 +60,15 @@ def with_backend(name: str, run):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", MOE_SHAPES)
-def test_moe(shape, dtype, benchmark, report, request):
+def test_moe(shape, dtype, device, ours, benchmark, report, request):
     n, experts, top_k, width = MOE_SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, width, generator=generator).to(dtype)
-    logits = torch.randn(n, experts, generator=generator).to(dtype)
-    ours = with_backend("cpu", lambda: moe_public(x, logits, top_k))
+    x = torch.randn(n, width, generator=generator).to(device, dtype)
+    logits = torch.randn(n, experts, generator=generator).to(device, dtype)
+    calls = {ours: with_backend(ours, lambda: moe_public(x, logits, top_k))}
     if benchmark.disabled:
-        benchmark.pedantic(ours)
+        benchmark.pedantic(calls[ours])
         return
-    calls = {"cpu": ours}
     for name in filter(None, request.config.getoption("peers").split(",")):
         if name in STOCK:
             calls[name] = with_backend(name, lambda: moe_public(x, logits, top_k))
@@ -82,6 +81,6 @@ def test_moe(shape, dtype, benchmark, report, request):
         base = moe_public(x.float(), logits.float(), top_k)
     for name, call in calls.items():
         off = error_fraction(call(), gold, base, OPS["moe_combine"].slack)
-        assert off <= (1 if name in ("cpu", *STOCK) else LOOSE), f"{name}: {off:.2g}"
+        assert off <= (1 if name in (ours, *STOCK) else LOOSE), f"{name}: {off:.2g}"
     report("moe_chain", "fwd", shape, dtype, calls, moe_cost(x, logits, top_k), 20.0)
-    benchmark.pedantic(ours, rounds=3)
+    benchmark.pedantic(calls[ours], rounds=3)

@@ -78,20 +78,20 @@ def in_precision(layer: nn.MoE, x: torch.Tensor, dout: torch.Tensor, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_moe_layer(shape, dtype, benchmark, report, request):
+def test_moe_layer(shape, dtype, device, ours, benchmark, report, request):
     group = request.config.getoption("--shapes")
     if not shape.startswith("quick") and group not in ("moe", "all"):
         pytest.skip("--shapes moe runs it")
     n, experts, top_k, dim, width = SHAPES[shape]
     torch.manual_seed(0)
-    layer = nn.MoE(dim, width, experts, top_k).to(dtype)
-    x, dout = (torch.randn(n, dim).to(dtype) for _ in range(2))
+    layer = nn.MoE(dim, width, experts, top_k).to(device, dtype)
+    x, dout = (torch.randn(n, dim).to(device, dtype) for _ in range(2))
     x.requires_grad_(True)
     if benchmark.disabled:
-        benchmark.pedantic(training(layer, x, dout, "cpu"))
+        benchmark.pedantic(training(layer, x, dout, ours))
         return
     asked = request.config.getoption("peers").split(",")
-    names = ("cpu", *(name for name in asked if name in STOCK or name in FORMULAS))
+    names = (ours, *(name for name in asked if name in STOCK or name in FORMULAS))
     calls = {name: training(layer, x, dout, name) for name in names}
     golds, bases = (in_precision(layer, x, dout, t) for t in (torch.float64, torch.float32))
     for name, call in calls.items():
@@ -100,7 +100,7 @@ def test_moe_layer(shape, dtype, benchmark, report, request):
             off = error_fraction(one, gold, base, OPS["moe_combine"].slack)
             assert off <= (LOOSE if name in FORMULAS else 1), f"{name}: {off:.2g}"
     with FlopCounterMode(display=False) as counter:
-        layer(x).backward(dout)  # not calls["cpu"](): its hooks do not know autograd.grad
+        layer(x).backward(dout)  # not a call of `calls`: its hooks do not know autograd.grad
     layer.zero_grad()
     report("moe_layer", "fwd_bwd", shape, dtype, calls, Cost(counter.get_total_flops(), 0), 10.0)
-    benchmark.pedantic(calls["cpu"], rounds=3)
+    benchmark.pedantic(calls[ours], rounds=3)

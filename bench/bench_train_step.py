@@ -35,9 +35,10 @@ FAMILIES = ("attention", "rope", "rms_norm")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def savings(calls: OpArguments, ours: str) -> dict[str, float]:
+def savings(calls: OpArguments, ours: str, device: str) -> dict[str, float]:
     """Seconds a step that each family's calls take less on `ours` than on stock torch."""
-    times, _ = call_times(calls.arguments, dict.fromkeys(calls.arguments, (ours, "torch")))
+    backends = dict.fromkeys(calls.arguments, (ours, "torch"))
+    times, _ = call_times(calls.arguments, backends, device=device)
     saved = dict.fromkeys(FAMILIES, 0.0)
     for call, count in calls.counts.items():
         difference = times[call, "torch"] - times[call, ours]
@@ -50,19 +51,18 @@ def backends_of(on: tuple[str, ...], ours: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_training_step(dtype, benchmark, report):
+def test_training_step(dtype, device, ours, benchmark, report):
     """Forward, backward and AdamW; bfloat16 is autocast's, with fp32 parameters."""
-    ours = "cpu"
-    tokens = torch.randint(STEP.vocab_size, (BATCH, STEP.seq_len + 1))
+    tokens = torch.randint(STEP.vocab_size, (BATCH, STEP.seq_len + 1), device=device)
     losses = {}
 
     def step_of(name: str, backends: str | dict[str, str]):
-        model = build_model(STEP, seed=0)
+        model = build_model(STEP, seed=0).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step():
             with use_backend(backends):
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                     _, loss = model(tokens[:, :-1], tokens[:, 1:])
                 loss.backward()
             optimizer.step()
@@ -71,9 +71,9 @@ def test_training_step(dtype, benchmark, report):
 
         return step
 
-    variants: dict[str, str | dict[str, str]] = {"cpu": backends_of(FAMILIES, ours)}
+    variants: dict[str, str | dict[str, str]] = {ours: backends_of(FAMILIES, ours)}
     if benchmark.disabled:
-        benchmark.pedantic(step_of("cpu", variants["cpu"]))
+        benchmark.pedantic(step_of(ours, variants[ours]))
         return
     variants["torch"] = backends_of((), ours)
     variants |= {f"{family} alone": backends_of((family,), ours) for family in FAMILIES}
@@ -86,7 +86,7 @@ def test_training_step(dtype, benchmark, report):
             step()
         extra_flops[name] = calls.extra_flops
         if name == "torch":
-            saved = savings(calls, ours)
+            saved = savings(calls, ours, device)
     assert max(losses.values()) - min(losses.values()) < (1e-4 if dtype == torch.float32 else 1e-2)
 
     flops = model_flops(STEP, batch=BATCH).total
@@ -97,4 +97,4 @@ def test_training_step(dtype, benchmark, report):
         on = [f for f in FAMILIES if isinstance(variants[name], dict) and variants[name][f] == ours]
         predicted = None if name == "reference" else stock_s - sum(saved[f] for f in on)
         step_extras(row, Step(BATCH * STEP.seq_len, extra_flops[name], predicted))
-    benchmark.pedantic(steps["cpu"], rounds=3)
+    benchmark.pedantic(steps[ours], rounds=3)

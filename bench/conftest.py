@@ -27,6 +27,7 @@ from ceg_kernels.measure.suite import PEERS
 from ceg_kernels.measure.table import render, roofs_lines
 from ceg_kernels.op import Cost
 
+OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 ROWS = pytest.StashKey[list]()
 ROOFS = pytest.StashKey[Roofs]()
 
@@ -36,12 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per case and backend; those of one case stay together, so that they interleave."""
+    """One test per case and backend; those of one case stay together, so that they interleave.
+
+    What is no single op has one test for each of our backends (`ours`) on the device.
+    """
+    config = metafunc.config
+    device = _device(config)
+    if {"device", "ours"} <= set(metafunc.fixturenames):
+        metafunc.parametrize(
+            ("device", "ours"), [(device, n) for n in OURS[device]], ids=OURS[device]
+        )
     if not {"case", "backend"} <= set(metafunc.fixturenames):
         return
-    config = metafunc.config
     group, dtypes = config.getoption("--shapes"), config.getoption("--dtypes").split(",")
-    device = _device(config)
     wanted = {n for n in config.getoption("peers").split(",") if peers.absent(n, device) is None}
     found = [
         pytest.param(case, backend, id=f"{case}-{backend}")
@@ -94,17 +102,18 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 @pytest.fixture
 def report(request: pytest.FixtureRequest):
     """Times calls that are no single op, interleaved; their rows join the table and the results."""
+    device = _device(request.config)
 
     def add(
         op: str, direction: str, shape: str, dtype: torch.dtype, calls, cost: Cost, max_s: float
     ) -> dict[str, dict]:
         memory.keep_freed()
         rows = {}
-        timings = time_interleaved(calls, min_time_s=0.5, max_time_s=max_s)
+        timings = time_interleaved(calls, device=device, min_time_s=0.5, max_time_s=max_s)
         for name, timing in timings.items():
             row = bench_row(
                 op=op, direction=direction, backend=name, peer=name if name in PEERS else None,
-                shape=shape, dtype=str(dtype).removeprefix("torch."), device="cpu", cost=cost,
+                shape=shape, dtype=str(dtype).removeprefix("torch."), device=device, cost=cost,
                 roofs=roofs_of(request.config), timing=timing, reference=timings.get("reference"),
             )  # fmt: skip
             request.config.stash[ROWS].append(row)
