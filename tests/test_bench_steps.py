@@ -97,7 +97,7 @@ def test_savings_are_calls_times_the_difference(bench, monkeypatch):
         return {n: type("T", (), {"median_s": seconds[n.split()[1]]}) for n in named}
 
     monkeypatch.setattr(steps, "time_interleaved", timed)
-    assert bench.savings(calls, "cpu") == {"attention": 0.0, "rope": 3.0, "rms_norm": 9.0}
+    assert bench.savings(calls, "cpu", "cpu") == {"attention": 0.0, "rope": 3.0, "rms_norm": 9.0}
     assert sorted(asked) == ["0 cpu", "0 torch", "1 cpu", "1 torch"]
 
 

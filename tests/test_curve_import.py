@@ -110,6 +110,18 @@ def test_a_history_brings_its_other_columns(tmp_path):
     assert curve.notes == ["no lr: 'lr' is not known at step 1"]
 
 
+def test_a_log_of_a_run_that_was_killed_holds_some_steps_twice(tmp_path):
+    """The steps since its checkpoint were trained again: equal losses, on a clock that went on."""
+    rows = [(2, 2.9, 20), (4, 2.7, 40), (6, 2.6, 60), (4, 2.7, 41), (6, 2.6, 62), (8, 2.5, 80)]
+    lines = [f"{step},{loss},{seconds}" for step, loss, seconds in rows]
+    (tmp_path / "run.csv").write_text("\n".join(["step,val/loss,train_s", *lines]))
+    (curve,) = import_curves([tmp_path / "run.csv"])
+    assert curve.rows["step"] == [2, 4, 6, 8]
+    assert curve.rows["loss"] == [2.9, 2.7, 2.6, 2.5]
+    assert curve.rows["seconds"] == [20, 41, 62, 80]
+    assert curve.notes == ["2 evaluations came twice, as after a restart, with equal losses"]
+
+
 def test_tensorboards_csv_files_of_one_run_are_put_together(tmp_path):
     for tag, value in (("val_loss", 2.0), ("lr", 1e-3)):
         rows = [f"{1.7e9 + step},{step},{value + 1 / step}" for step in (1, 2, 3)]
@@ -146,8 +158,8 @@ def test_json_lines_with_a_loss_that_is_no_number_are_kept_for_the_estimator(tmp
     [
         ("a.csv", "step,val/loss\n1,2\n2,x\n", {},
          "a.csv line 3, column 'val/loss': expected a number, got 'x'"),
-        ("a.csv", "step,val/loss\n1,2\n1,2\n", {},
-         "a.csv line 3, column 'step': expected one above 1 for run 'a', got 1"),
+        ("a.csv", "step,val/loss\n1,2\n1,3\n", {},
+         "a.csv line 3, column 'val/loss': expected 2 again at step 1 of run 'a', got 3"),
         ("a.csv", "step,val/loss\n1,2,3\n", {}, "a.csv line 2: expected 2 columns, got 3"),
         ("a.csv", "epoch,val/loss\n1,2\n", {}, "a.csv line 1, column 'step': expected one of"),
         ("a.csv", "Tokens,r - val/loss\n1,2\n", {},

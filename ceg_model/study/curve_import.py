@@ -165,7 +165,8 @@ def _loss_name(log: Log, wanted: Wanted, logs: Sequence[Log]) -> str | None:
 def _curve(log: Log, wanted: Wanted) -> Imported:
     loss = _loss_name(log, wanted, [log])
     assert loss is not None
-    steps, losses = _series(log, loss, growing=True)
+    steps, losses = _series(log, loss)
+    steps, losses, again = _once(log, loss, steps, losses)
     keep = steps > 0  # before the first step nothing was computed: ln C does not exist
     steps, losses = steps[keep], losses[keep]
     if not steps.size:
@@ -178,6 +179,8 @@ def _curve(log: Log, wanted: Wanted) -> Imported:
     )
     if smoothed:
         curve.notes.append(f"{loss!r} holds averages: its rows are marked, no gain comes from them")
+    if again:
+        curve.notes.append(f"{again} evaluations came twice, as after a restart, with equal losses")
     per_step = wanted.flops_per_step.get(log.name, wanted.flops_per_step.get(""))
     if per_step is not None:
         curve.rows["flops"] = (steps * per_step).tolist()
@@ -198,18 +201,30 @@ def _curve(log: Log, wanted: Wanted) -> Imported:
     return curve
 
 
-def _series(log: Log, metric: str, *, growing: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def _series(log: Log, metric: str) -> tuple[np.ndarray, np.ndarray]:
     points = log.points[metric]
     values = [number(log.source, line, metric, value) for _, value, line in points]
     steps = np.array([step for step, _, _ in points], dtype=np.float64)
-    back = np.flatnonzero(np.diff(steps) <= 0)
-    if growing and back.size:
-        _, _, line = points[back[0] + 1]
-        raise CurveError(
-            f"{log.source}{'' if line is None else f' line {line}'}, column 'step': expected one "
-            f"above {steps[back[0]]:g} for run {log.name!r}, got {steps[back[0] + 1]:g}"
-        )
     return steps, np.array(values, dtype=np.float64)
+
+
+def _once(
+    log: Log, metric: str, steps: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Each step once, and how many came again: a run that was killed trains some steps twice.
+
+    Two losses at one step are two runs under one name, and no curve.
+    """
+    first: dict[float, float] = {}
+    for (_, _, line), step, value in zip(log.points[metric], steps, values, strict=True):
+        known = first.setdefault(step, value)
+        if not np.array_equal(known, value, equal_nan=True):
+            raise CurveError(
+                f"{log.source}{'' if line is None else f' line {line}'}, column {metric!r}: "
+                f"expected {known:g} again at step {step:g} of run {log.name!r}, got {value:g}"
+            )
+    order = sorted(first)
+    return np.array(order), np.array([first[s] for s in order]), steps.size - len(order)
 
 
 def _at(
@@ -219,6 +234,8 @@ def _at(
     known, values = _series(log, metric)
     order = np.argsort(known, kind="stable")
     known, values = known[order], values[order]
+    last_of_step = np.append(np.diff(known) > 0, True)  # after a restart the second one counts
+    known, values = known[last_of_step], values[last_of_step]
     if metric in SINCE_1970:
         values = values - values[0]
     last = np.searchsorted(known, steps, side="right") - 1
