@@ -78,37 +78,41 @@ def wait_until_gone(group: int, patience_s: float) -> list[int]:
     return left
 
 
+def written(folder: Path) -> int:
+    """Bytes of all rows by now."""
+    return sum(file.stat().st_size for file in folder.glob("runs/*/metrics.jsonl"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("plan")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True, help="of the moments of the kills")
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds before a kill")
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "ceg_model.cli", "study", "run", arguments.plan]
     command += ["--data", arguments.data, "--out"]
-    subprocess.run([*command, str(arguments.out / "undisturbed")], check=True)
-    killed = arguments.out / "killed"
-    moments = random.Random(arguments.seed)
-    for i in range(KILLS):
-        wait = moments.uniform(0.5, arguments.longest)
+    whole, killed = arguments.out / "undisturbed", arguments.out / "killed"
+    subprocess.run([*command, str(whole)], check=True)
+    draw = random.Random(arguments.seed)
+    # Parts of what there is to write, not seconds: how long anything takes depends on the machine.
+    moments = [0.0, *sorted(draw.random() for _ in range(KILLS - 1))]
+    for i, moment in enumerate(moments):
         process = subprocess.Popen([*command, str(killed)], start_new_session=True)
-        time.sleep(wait)
-        assert process.poll() is None, "it ended before its kill: choose a smaller --longest"
+        while written(killed) < moment * written(whole):
+            assert process.poll() is None, f"it ended before kill {i}"
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.5, 3.0))
         # Every third time the parent alone: its workers must see to themselves.
         (os.killpg if i % 3 else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
-        left = wait_until_gone(process.pid, 10.0)
-        print(f"\nkill {i} after {wait:.2f} s, processes left: {left}", flush=True)
+        part, left = written(killed) / written(whole), wait_until_gone(process.pid, 10.0)
+        print(f"\nkill {i} at {part:.1%} of the rows, processes left: {left}", flush=True)
         if i == 0:  # it met the measuring of the machine, which begins anew; the others meet runs
             for name in (ROOFS, BENCH):
-                if (arguments.out / "undisturbed" / name).exists():
-                    shutil.copy(arguments.out / "undisturbed" / name, killed / name)
+                shutil.copy(whole / name, killed / name)
     subprocess.run([*command, str(killed)], check=True)
-    found = differences(
-        without_times(collect(arguments.out / "undisturbed")), without_times(collect(killed))
-    )
+    found = differences(without_times(collect(whole)), without_times(collect(killed)))
     print("\n".join(found) or "the same results", flush=True)
     sys.exit(bool(found))
 
