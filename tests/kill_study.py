@@ -109,6 +109,7 @@ def main() -> None:
         part, left = written(killed) / written(whole), wait_until_gone(process.pid, 10.0)
         print(f"\nkill {i} at {part:.1%} of the rows, processes left: {left}", flush=True)
         if i == 0:  # it met the measuring of the machine, which begins anew; the others meet runs
+            killed.mkdir(exist_ok=True)
             for name in (ROOFS, BENCH):
                 shutil.copy(whole / name, killed / name)
     subprocess.run([*command, str(killed)], check=True)
