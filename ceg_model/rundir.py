@@ -176,12 +176,15 @@ def read_columns(path: str | Path) -> Columns:
     return Columns(step.astype(np.int64), seconds, evaluated, *(c[evaluated] for c in rest))
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path | str) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no file."""
-    if not path.is_file():
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} must be JSON, got {error}") from error
     if not isinstance(content, dict):

@@ -27,7 +27,8 @@ Stamps = dict[str, tuple[int, int, int]]
 
 def read(cache: Path, folder: Path, runs: Sequence[str]) -> dict[str, Columns]:
     """The metrics of those `runs` below `folder` that have any; brings the cache up to date."""
-    stamps = {run: stamp for run in runs if (stamp := _stamp(folder / run / METRICS)) is not None}
+    paths = {run: f"{folder}/{run}/{METRICS}" for run in runs}
+    stamps = {run: stamp for run in runs if (stamp := _stamp(paths[run])) is not None}
     known = _load(cache)
     found = {run: known[run][1] for run, stamp in stamps.items() if _holds(known, run, stamp)}
     missing = [run for run in stamps if run not in found]
@@ -40,7 +41,7 @@ def read(cache: Path, folder: Path, runs: Sequence[str]) -> dict[str, Columns]:
     return found
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: str) -> tuple[int, int, int] | None:
     """What changes when a file does; None where there is none."""
     try:
         about = os.stat(path)

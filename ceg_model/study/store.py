@@ -96,7 +96,7 @@ class Store:
         return self.runs / run_id
 
     def run(self, run_id: str) -> dict[str, Any] | None:
-        return read_json(self.path(run_id) / RUN)
+        return read_json(f"{self.runs}/{run_id}/{RUN}")  # 10,000 times: a Path takes longer
 
     def result(self, run_id: str) -> dict[str, Any] | None:
         return read_json(self.path(run_id) / RESULT)
@@ -109,7 +109,8 @@ class Store:
         with os.scandir(self.runs) as entries:
             for entry in entries:
                 if entry.is_dir():
-                    found[entry.name] = self.result(entry.name) or {"status": "unfinished"}
+                    result = read_json(f"{entry.path}/{RESULT}")
+                    found[entry.name] = result or {"status": "unfinished"}
         return found
 
     def set_aside_failure(self, run_id: str) -> bool:
