@@ -116,10 +116,14 @@ class Cuda:
 
     module: Any = None  # the simulator, with tensors on the CPU, in tests
 
-    def __call__(self, name: str, *args: Any) -> None:
+    def __call__(self, name: str, *args: Any) -> Any:
         device = args[0].device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        getattr(self._launchers(), name)(*args, stream)
+        return getattr(self._launchers(), name)(*args, stream)
+
+    def threads(self) -> int:
+        """That fill the current GPU once, for what measures it."""
+        return self._launchers().roofs_threads()
 
     def parameter(self, t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         # The kernels widen it themselves, which saves a launch.
