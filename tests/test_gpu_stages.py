@@ -131,6 +131,9 @@ def test_a_stage_alone_adds_to_what_others_of_that_gpu_and_source_left(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["stages"] == {"one": {"x": "ok"}, "two": {"works": "ok"}}
     assert (tmp_path / "old.xml").exists()
+    gpu.run([dataclasses.replace(stage, name="test")], tmp_path, {"gpu": "a"})
+    assert not (tmp_path / "old.xml").exists()
+    (tmp_path / "old.xml").touch()
     gpu.run([stage], tmp_path, {"gpu": "b"})
     assert set(json.loads((tmp_path / "results.json").read_text())["stages"]) == {"two"}
     assert not (tmp_path / "old.xml").exists()
@@ -229,14 +232,15 @@ def recorded(folder, before=None):
 
 def test_only_kernels_whose_tests_all_passed_are_recorded(folder, capsys):
     earlier = {"sm_90": {"gpu": "g", "commit": "c"}, "sm_80": {"gpu": "g", "commit": "c"}}
-    found = recorded(folder, {"rms_norm": earlier, "rope_x": {"sm_90": {}}})
+    found = recorded(folder, {"rms_norm": earlier, "died": {"sm_90": {}, "sm_80": {}}})
     assert found == {
+        "died": {"sm_80": {}},
         "rms_norm": {"sm_80": earlier["sm_80"]},  # what failed now is not what passed then
         "rope": {"sm_90": {"gpu": "made up", "commit": "abc", "sanitized": ""}},
-        "rope_x": {"sm_90": {}},
     }
     assert capsys.readouterr().out.splitlines() == [
         "attention: test_what_errs[attention] failed",
+        "died: no report",
         "moe_index: no accuracy test ran",
         "moe_route: no accuracy test ran",
         "rms_norm: test_same_bits_every_time[rms_norm] failed",

@@ -102,7 +102,9 @@ def record(folder: Path, target: Path = TARGET) -> int:
             f"the tests must be of a build of these sources, got {fresh or 'no tests'}"
         )
     table = json.loads(target.read_text())
-    for op, why in sorted(verdicts(folder).items()):
+    # A process that dies leaves no report.
+    unseen = {op: "no report" for op, families in table.items() if of["family"] in families}
+    for op, why in sorted((unseen | verdicts(folder)).items()):
         tools, wrong = sanitized(op, stages)
         why = why or wrong
         print(f"{op}: {why or 'validated on ' + of['family']}")
