@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc cmake -type f)
 FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench gpu clean
 
 help:
 	@echo "make demo   a few minutes: roofs, kernels, a small study and its report"
 	@echo "make test   every test"
 	@echo "make bench  every kernel against the roofs of this machine and stock PyTorch"
+	@echo "make gpu    build, test, sanitize, benchmark, validate on the GPU here (STAGE=... for one)"
 	@echo "make lint   ruff, mypy, clang-format"
 
 $(VENV)/.installed: $(BUILD_INPUTS)
@@ -36,6 +37,10 @@ test: install
 
 bench: install
 	$(BIN)/ceg bench
+
+# With the environment that is there: a machine with a GPU has a torch of its own for it.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu.py $(STAGE) $(GPU_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -61,6 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
             if value not in known:
                 expected = ", ".join(filter(None, known))
                 raise pytest.UsageError(f"--{name} must be some of {expected}, got {value!r}")
+    device = config.getoption("--device") or "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device must be cpu or cuda, got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device} must be a GPU that torch can use, got none")
     if "all" in config.option.peers.split(","):
         config.option.peers = ",".join(PEERS)
     wanted = config.getoption("--benchmark")

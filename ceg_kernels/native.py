@@ -55,7 +55,23 @@ def cuda_why_not(*args: Any) -> str | None:
         return reason
     if (gpu := _capability(args)) < OLDEST_GPU:
         return f"needs a GPU of {_family(OLDEST_GPU)} or newer, got {_family(gpu)}"
+    archs = _C.build_info()["cuda_archs"]
+    if not any(_runs_on(arch, gpu) for arch in archs.split()):
+        return f"the extension was built for GPUs of {archs}, got {_family(gpu)}"
     return None
+
+
+def _runs_on(arch: str, gpu: tuple[int, int]) -> bool:
+    """Whether a GPU runs what CMake builds for an entry of CMAKE_CUDA_ARCHITECTURES, as CUDA's
+    programming guide has it: machine code within the major version, PTX on all that is newer."""
+    number, _, kind = arch.partition("-")
+    if not number[0].isdigit():
+        return True  # native, all, all-major: only the driver knows
+    built = int(number.rstrip("af")) // 10, int(number.rstrip("af")) % 10
+    if number.endswith("a"):
+        return gpu == built
+    same_major = gpu[0] == built[0] and gpu >= built
+    return same_major if number.endswith("f") or kind == "real" else gpu >= built
 
 
 def unvalidated(op: str, *args: Any) -> str | None:
@@ -116,10 +132,14 @@ class Cuda:
 
     module: Any = None  # the simulator, with tensors on the CPU, in tests
 
-    def __call__(self, name: str, *args: Any) -> None:
+    def __call__(self, name: str, *args: Any) -> Any:
         device = args[0].device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        getattr(self._launchers(), name)(*args, stream)
+        return getattr(self._launchers(), name)(*args, stream)
+
+    def threads(self) -> int:
+        """That fill the current GPU once, for what measures it."""
+        return self._launchers().roofs_threads()
 
     def parameter(self, t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         # The kernels widen it themselves, which saves a launch.

@@ -175,11 +175,11 @@ def refusal(op="rms_norm", args=ARGS):
 class Extension:
     """What the module would say that was built with CUDA, or without."""
 
-    def __init__(self, why_not=""):
-        self.why_not = why_not
+    def __init__(self, why_not="", archs="80-real 90a-real 90-virtual"):
+        self.why_not, self.archs = why_not, archs
 
     def build_info(self):
-        return {"cuda_why_not": self.why_not}
+        return {"cuda_why_not": self.why_not, "cuda_archs": self.archs}
 
 
 def test_refusals_say_why(monkeypatch):
@@ -213,6 +213,26 @@ def test_old_gpus_and_fp64_are_refused(on_gpu):
     wanted = r"needs dtype in {float32, bfloat16, float16}, got float64"
     assert refusal(args=on_gpu((9, 0), torch.float64)) == wanted
     assert refusal(args=on_gpu((8, 0))) is None
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "refused"),
+    [
+        ("80-real", [(8, 0), (8, 6), (8, 9)], [(9, 0), (12, 0)]),
+        ("86-real 90a-real", [(8, 6), (8, 9), (9, 0)], [(8, 0), (10, 0)]),
+        ("90a-real 90-virtual", [(9, 0), (10, 0), (12, 0)], [(8, 0), (8, 9)]),
+        ("100f-real", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("89", [(8, 9), (9, 0)], [(8, 0), (8, 6)]),
+        ("all-major", [(8, 0), (12, 0)], []),
+    ],
+)
+def test_gpus_that_the_build_is_not_for_are_refused(on_gpu, monkeypatch, archs, runs, refused):
+    for capability in (*runs, *refused):
+        args = on_gpu(capability)
+        monkeypatch.setattr(native, "_C", Extension(archs=archs))
+        family = f"sm_{capability[0]}{capability[1]}"
+        wanted = f"the extension was built for GPUs of {archs}, got {family}"
+        assert refusal(args=args) == (None if capability in runs else wanted)
 
 
 def test_a_kernel_runs_unasked_only_where_it_is_validated(on_gpu, monkeypatch):

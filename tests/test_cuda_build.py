@@ -132,6 +132,23 @@ def test_rows_move_in_vectors_of_16_bytes():
             assert re.search(rf"\b{access}\.E\S*\.128", body), f"{symbol} has no 16-byte {access}"
 
 
+def test_the_roofs_multiply_as_often_as_they_say():
+    """Nothing dropped, joined or hoisted: 16 rounds of 16 chains or of 8 products in the loop."""
+    wanted = {
+        "If": ("FFMA", 256), "Id": ("DFMA", 256), "I6__half": ("HMMA.16816.F32", 128),
+        "I13__nv_bfloat16": ("HMMA.16816.F32.BF16", 128), "": ("LDG.E.EF.128", 4),
+    }  # fmt: skip
+    ours = {u.symbol for u in shipped() if re.search(r"roofs_(fma|mma|copy)_kernel", u.symbol)}
+    assert len(ours) == len(wanted)
+    for arch in archs():
+        for symbol, body in machine_code(str(native._C.__file__), arch, ours).items():
+            kind = re.search(r"roofs_\w+?_kernel(I(?:f|d|6__half|13__nv_bfloat16)|)", symbol)[1]
+            instruction, count = wanted[kind]
+            found = re.findall(rf"\b{re.escape(instruction)}\s", body)
+            assert len(found) == count, f"{arch} {symbol}: {len(found)} {instruction}"
+            assert kind or len(re.findall(r"\bSTG\.E\.EF\.128\s", body)) == count
+
+
 def test_attention_multiplies_on_tensor_cores_what_asynchronous_copies_bring():
     """mma.sync, ldmatrix and cp.async, in the machine code of every instance."""
     wanted = r"attention_(fwd|bwd_dkdv|bwd_dq)_kernel"

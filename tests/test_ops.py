@@ -94,7 +94,7 @@ def test_opcheck(op, backend):
     if backend.name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU; test_cuda.py has it in the simulator")
     device = TRITON_DEVICE if backend.name in ("triton", "cuda") else "cpu"
-    for i, sample in enumerate(op.samples(torch.float32, device)):
+    for i, sample in enumerate(op.samples(_dtype_for(op, backend.name), device)):
         skipped = i != 3 if level else i % 3
         if skipped or backend.why_not(*sample.args) is not None:
             continue
@@ -107,6 +107,11 @@ def test_opcheck(op, backend):
         assert set(result.values()) == {"SUCCESS"}, (sample.name, result)
         ran += 1
     assert ran
+
+
+def _dtype_for(op, backend):
+    tensor_cores = backend == "cuda" and "attention" in op.name
+    return torch.bfloat16 if tensor_cores else torch.float32
 
 
 def test_the_gradient_of_an_empty_output_may_be_expanded():
@@ -122,7 +127,7 @@ def test_fakes_promise_what_each_backend_returns(op, backend):
     if backend not in [b.name for b in op.backends]:
         pytest.skip(f"{op.name} has no backend {backend}")
     on_gpu = backend in ("cuda", "triton")
-    for sample in op.samples(torch.float32, TRITON_DEVICE if on_gpu else "cpu"):
+    for sample in op.samples(_dtype_for(op, backend), TRITON_DEVICE if on_gpu else "cpu"):
         if op.backend(backend).why_not(*sample.args) is not None:
             continue
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]

@@ -1,9 +1,10 @@
 """The roofs of this machine, measured: FLOP/s per dtype and copy bandwidth.
 
-Two numbers per dtype on a CPU: the multiply-add rate of the registers (a loop in the native core's
-best level: vectors, or AMX tiles for bf16) and the rate of a large torch matmul, which may use
-matrix units that the native core does not know. The roof is the larger, and `Roofs.flops_source`
-says which one that is. What could not be measured is None, never a number from a data sheet.
+Two numbers per dtype: the multiply-add rate of the registers (`fma`: a loop in the native core's
+best level, vectors or AMX tiles for bf16; on a GPU, bf16 and fp16 by `mma.sync`, see gpu_roofs.py)
+and the rate of a large torch matmul, which may use matrix units that the native core does not know,
+or `wgmma`, which ours for sm_80 do not. The roof is the larger, and `Roofs.flops_source` says which
+one that is. What could not be measured is None, never a number from a data sheet.
 
 Measuring takes a few seconds, so the result is kept in the user's cache directory under the
 device's name, the number of threads and the hash of the native build. Roofs that were measured
@@ -12,6 +13,7 @@ while other processes took CPU time are too low: they are used once, with a warn
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,16 +23,22 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ceg_kernels.measure import gpu_roofs
 from ceg_kernels.measure.clock import time_interleaved
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 _QUIET_SHARE = 0.9
+# On a GPU; of its largest matmul, and where that takes long, of one.
+_MATMUL_SIZES = {
+    "bfloat16": (4096, 8192, 16384), "float16": (4096, 8192, 16384), "float32": (8192,),
+    "float64": (4096,),
+}  # fmt: skip
 _FORMAT = 2  # of the cached file; a file of another format is measured again
 
 
@@ -42,10 +50,10 @@ class Roofs:
     device: str
     threads: int
     flops: dict[str, float | None]
-    flops_source: dict[str, str | None]  # "fma" | "matmul"
+    flops_source: dict[str, str | None]  # "fma" | "mma.sync" | "matmul"
     copy_bytes_per_s: float | None
     copy_source: str | None  # "native" | "torch"
-    fma_flops: dict[str, float | None]
+    fma_flops: dict[str, float | None]  # from registers; on a GPU 16-bit types by mma.sync
     matmul_flops: dict[str, float | None]
     cache_bytes: int | None  # last-level cache: what is smaller may be faster than the copy roof
     cpu_share: float | None  # of the threads' time that this process got; below 1: others ran too
@@ -93,7 +101,9 @@ def peak_flops(dtype: str, device: str = "cpu", seconds: float = 0.2) -> float:
     """
     cuda = device.startswith("cuda")
     known = [_matmul_flops(getattr(torch, dtype), 8192 if cuda else 1024, device, seconds)]
-    if not cuda and (native := _native()) is not None:
+    if cuda and gpu_roofs.why_not(device) is None:
+        known.append(_register_flops(dtype, device, seconds))
+    elif not cuda and (native := _native()) is not None:
         known.append(native.fma_flops(dtype, torch.get_num_threads(), seconds) or 0.0)
     return max(known)
 
@@ -156,14 +166,30 @@ def _measure_cpu(seconds: float) -> Roofs:
 
 
 def _measure_cuda(device: str, seconds: float) -> Roofs:
-    matmul: dict[str, float | None] = {
-        name: _matmul_flops(getattr(torch, name), 8192, device, seconds)
-        for name in ("float32", "bfloat16", "float16")
-    }
-    matmul["float64"] = _matmul_flops(torch.float64, 4096, device, seconds)
-    copies = {"torch": _copy_bytes_per_s(2 << 30, device, seconds)}
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return _roofs(device, 0, dict.fromkeys(DTYPES), matmul, copies, cache)
+    with torch.cuda.device(device), _full_precision():
+        matmul: dict[str, float | None] = {
+            name: max(_matmul_flops(getattr(torch, name), n, device, seconds) for n in sizes)
+            for name, sizes in _MATMUL_SIZES.items()
+        }
+        size = 2 << 30  # of each; caches hold 30 to 130 MB
+        copies = {"torch": _copy_bytes_per_s(size, device, seconds)}
+        fma: dict[str, float | None] = dict.fromkeys(DTYPES)
+        if gpu_roofs.why_not(device) is None:
+            fma = {name: _register_flops(name, device, seconds) for name in DTYPES}
+            copies["native"] = _copy_bytes_per_s(size, device, seconds, gpu_roofs.copy)
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return _roofs(device, 0, fma, matmul, copies, cache)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Whatever the process allows itself, a roof named float32 is not one of TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _roofs(
@@ -178,7 +204,8 @@ def _roofs(
     flops: dict[str, float | None] = {}
     source: dict[str, str | None] = {}
     for name in DTYPES:
-        known = {"fma": fma.get(name), "matmul": matmul.get(name)}
+        registers = "fma" if device == "cpu" else gpu_roofs.SOURCE[name]
+        known = {registers: fma.get(name), "matmul": matmul.get(name)}
         best = max((key for key in known if known[key]), key=lambda k: known[k] or 0, default=None)
         flops[name], source[name] = (known[best] if best else None), best
     copy_source = max(copies, key=lambda key: copies[key], default=None)
@@ -198,10 +225,20 @@ def _matmul_flops(dtype: torch.dtype, n: int, device: str, seconds: float) -> fl
     return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device, seconds)
 
 
-def _copy_bytes_per_s(size: int, device: str, seconds: float) -> float:
+def _register_flops(dtype: str, device: str, seconds: float) -> float:
+    call = gpu_roofs.multiply(dtype, device)
+    return call() / _best_seconds(call, device, seconds)
+
+
+def _copy_bytes_per_s(
+    size: int, device: str, seconds: float, copier: Callable[..., Callable] | None = None
+) -> float:
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    if device != "cpu":
+        source.uniform_()  # for the clocks, as above
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, seconds)
+    call = (lambda: target.copy_(source)) if copier is None else copier(source, target)
+    return 2 * source.nbytes / _best_seconds(call, device, seconds)
 
 
 def _cpu_share(threads: int, seconds: float) -> float:

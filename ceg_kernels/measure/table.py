@@ -128,8 +128,11 @@ def roofs_lines(roofs: Roofs) -> list[str]:
     lines = [f"{roofs.device_name}{threads}"]
     for name in DTYPES:
         peak, source = roofs.flops.get(name), roofs.flops_source.get(name)
+        how = str(source)
+        if (own := roofs.fma_flops.get(name)) and source == "matmul":
+            how += f"; from registers {own / 1e9:.0f}"
         lines.append(
-            f"  {name}: unknown" if peak is None else f"  {name}: {peak / 1e9:.0f} GF/s ({source})"
+            f"  {name}: unknown" if peak is None else f"  {name}: {peak / 1e9:.0f} GF/s ({how})"
         )
     copy = roofs.copy_bytes_per_s
     lines.append(

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "moe.h"
 #include "rms_norm.h"
+#include "roofs.h"
 #include "rope.h"
 
 namespace ceg::cuda {
@@ -53,6 +54,13 @@ inline void bind_launchers(pybind11::module_& m) {
         arg("out"), arg("stream") = 0);
   m.def("moe_combine_bwd", moe_combine_bwd, release_gil(), arg("dout"), arg("y"), arg("sources"),
         arg("slots"), arg("weights"), arg("dy"), arg("dweights"), arg("stream") = 0);
+
+  m.def("roofs_copy", roofs_copy, release_gil(), arg("source"), arg("target"), arg("stream") = 0);
+  m.def("roofs_fma", roofs_fma, release_gil(), arg("start"), arg("out"), arg("factor"),
+        arg("addend"), arg("rounds"), arg("stream") = 0);
+  m.def("roofs_mma", roofs_mma, release_gil(), arg("a"), arg("b"), arg("out"), arg("rounds"),
+        arg("stream") = 0);
+  m.def("roofs_threads", roofs_threads);
 }
 
 }  // namespace ceg::cuda

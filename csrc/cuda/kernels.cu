@@ -41,6 +41,7 @@ std::vector<KernelAttributes> kernel_attributes() {
   list_moe_route(kernels);
   list_rms_norm_fwd(kernels);
   list_rms_norm_bwd(kernels);
+  list_roofs(kernels);
   list_rope(kernels);
   std::vector<KernelAttributes> attributes;
   for (const Kernel& kernel : kernels) attributes.push_back(attributes_of(kernel));

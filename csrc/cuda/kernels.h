@@ -33,6 +33,7 @@ void list_moe_index(Kernels& kernels);
 void list_moe_route(Kernels& kernels);
 void list_rms_norm_fwd(Kernels& kernels);
 void list_rms_norm_bwd(Kernels& kernels);
+void list_roofs(Kernels& kernels);
 void list_rope(Kernels& kernels);
 
 // What the current GPU's image of a kernel needs, and how much of it fits a multiprocessor.

@@ -1,0 +1,44 @@
+"""Some small samples of the ops named, by their CUDA kernels: what compute-sanitizer watches.
+
+    compute-sanitizer --tool racecheck python tools/small_grid.py rope moe_route
+
+Samples are made on the CPU, so that next to nothing but our kernels is instrumented.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ceg_kernels import OPS
+
+LARGEST = 1 << 16  # elements of a sample's largest tensor: a sanitizer is some 100 times slower
+
+
+def run(ops: Sequence[str], device: str = "cuda") -> int:
+    """Runs every third small sample in each dtype; the number that ran."""
+    count = 0
+    for name in ops:
+        backend = OPS[name].backend("cuda")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            samples = [s.args for s in OPS[name].samples(dtype, "cpu") if _size(s.args) <= LARGEST]
+            for args in samples[::3]:
+                moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+                if backend.why_not(*moved) is None:
+                    backend.run(*moved)
+                    count += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return count
+
+
+def _size(args: tuple) -> int:
+    return max(a.numel() for a in args if isinstance(a, torch.Tensor))
+
+
+if __name__ == "__main__":
+    ran = run(sys.argv[1:])
+    print(f"{ran} samples of {', '.join(sys.argv[1:])}")
+    sys.exit(0 if ran else 1)
