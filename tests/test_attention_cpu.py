@@ -164,13 +164,32 @@ def test_decoding_keeps_bad_values_with_who_sees_them(isa, bad):
             assert out[0, blind:, :2].isnan().all()
 
 
-def test_dq_of_16_bit_inputs_within_the_scratch_budget(isa):
-    # Short enough to be summed in fp32 scratch with one thread, not with the two passes' tasks.
-    dout, q, k, v, rest = long_inputs(torch.float16, {"causal": True}, tq=140, tk=140, heads=2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_halves_of_16_bit_dq_in_either_schedule(isa, dtype):
+    # One pass keeps the lower halves of all queries' sums, two passes those of a task.
+    dout, q, k, v, rest = long_inputs(dtype, {"causal": True}, tq=140, tk=140, heads=2)
     out, lse = forward(isa, q, k, v, rest)
     one, two = (backward(isa, dout, None, q, k, v, out, lse, rest, n) for n in (1, 5))
     for ours, other in zip(one, two, strict=True):
         assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_sums_of_dq_touch_nothing_beside_their_rows(isa, dtype, threads):
+    # The output holds the sums on the way, so rows that fill no vector must not spill over.
+    dout, q, k, v, rest = long_inputs(dtype, {"causal": True}, tq=140, tk=140, heads=2, d=41)
+    out, lse = forward(isa, q, k, v, rest)
+    dense, *_ = backward(isa, dout, None, q, k, v, out, lse, rest, threads)
+    packed = torch.full((1, 140, 2, 43), 7.0, dtype=dtype)
+    _, _, max_q, max_k, slopes, sink, *flags = rest
+    grads = packed[..., 1:42], torch.empty_like(k), torch.empty_like(v)
+    _C.attention_bwd(
+        dout, None, q, k, v, out, lse, None, None, max_q, max_k, slopes, sink, *grads, None,
+        *flags, threads, isa,
+    )  # fmt: skip
+    assert torch.equal(packed[..., 1:42], dense)
+    assert (packed[..., [0, 42]] == 7).all()
 
 
 SPOTS = [(math.nan, 131), (math.inf, 131), (math.nan, 0), (-math.inf, 199)]

@@ -5,8 +5,9 @@
 // Two schedules with the same bits. One pass (10 D flops a pair) gives each (sequence, kv head) to
 // one thread, which adds up dQ while it walks over the key blocks. Two passes (14 D) recompute P
 // and dP for dQ, but every key block and every query block is a task of its own: for few heads, or
-// where dQ cannot be summed in fp32 within the scratch budget. Each sum runs over ascending blocks
-// of a fixed grid in either schedule, and no two threads add to the same number.
+// where a 16-bit dQ is so long that the lower halves of its sums (attention_dq.h) exceed the
+// scratch budget. Each sum runs over ascending blocks of a fixed grid in either schedule, and no
+// two threads add to the same number.
 #include <cmath>
 #include <limits>
 
@@ -66,9 +67,9 @@ void compute_dsink(const AttentionBwdArgs& args) {
 }
 
 template <class E>
-int64_t scratch_bytes(const Sizes<E>& n, int64_t rows, int64_t dq_rows, bool key_pass) {
+int64_t scratch_bytes(const AttentionProblem& p, int64_t rows, int64_t dq_rows, bool key_pass) {
   Carver count(nullptr);
-  BackwardScratch<E>().carve(count, n, rows, dq_rows, key_pass);
+  BackwardScratch<E>().carve(count, Sizes<E>(p), rows, dq_rows, key_pass, halves_dq(p));
   return count.used();
 }
 
@@ -76,14 +77,12 @@ template <class E>
 void backward(const AttentionBwdArgs& args) {
   using C = typename E::Compute;
   const AttentionProblem& p = args.problem;
-  const Sizes<E> n(p);
-  const bool in_place = item_size(p.dtype) == sizeof(C) && n.q_width == p.head_dim;
-  const int64_t dq_rows = in_place ? 0 : p.group() * p.max_q;
+  const int64_t dq_rows = p.group() * p.max_q;
   const int64_t heads = p.batch * p.kv_heads;
   // Idle threads in the last round must not cost more than the recomputation, 14 / 10.
   const int64_t rounds = (heads + args.threads - 1) / args.threads;
   const bool balanced = rounds * args.threads * 10 <= heads * 14;
-  const bool one_pass = balanced && scratch_bytes<E>(n, kQueries, dq_rows, true) <= kScratchBytes;
+  const bool one_pass = balanced && scratch_bytes<E>(p, kQueries, dq_rows, true) <= kScratchBytes;
 
 #pragma omp parallel num_threads(args.threads)
   {
@@ -98,16 +97,16 @@ void backward(const AttentionBwdArgs& args) {
     if (args.dsink) compute_dsink<C>(args);
 
     const auto carve = [&](int64_t rows, int64_t dq, bool key_pass) {
-      Carver carver(arena.reserve(scratch_bytes<E>(n, rows, dq, key_pass)));
+      Carver carver(arena.reserve(scratch_bytes<E>(p, rows, dq, key_pass)));
       BackwardScratch<E> scratch;
-      scratch.carve(carver, n, rows, dq, key_pass);
+      scratch.carve(carver, Sizes<E>(p), rows, dq, key_pass, halves_dq(p));
       return scratch;
     };
     const BackwardScratch<E> scratch = carve(kQueries, one_pass ? dq_rows : 0, true);
     if (one_pass) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < heads; ++i) {
-        Backward<E>(args, i / p.kv_heads, i % p.kv_heads, scratch).run_head(in_place);
+        Backward<E>(args, i / p.kv_heads, i % p.kv_heads, scratch).run_head();
       }
     } else {
 #pragma omp for schedule(dynamic, 1)

@@ -4,14 +4,11 @@
 
 #include <limits>
 
-#include "attention_mask.h"
-#include "attention_pack.h"
+#include "attention_bwd_pairs.h"
+#include "attention_dq.h"
 
 namespace ceg::CEG_ISA {
 
-inline constexpr int64_t kBlock = kAttentionBlockKeys;
-// Queries of one block: a multiple of every engine's kRows and kAlign.
-inline constexpr int64_t kQueries = 96;
 inline constexpr int64_t kVisitSteps = 4;  // of fetching ahead
 
 template <class E>
@@ -33,9 +30,14 @@ struct BackwardScratch {
   Item *p_block, *ds_block;
   C *s_tile, *dp_tile;
   Item* ds_rows;
-  C* dq;  // [dq_rows][q_width]
+  // What one key block adds to dQ of a tile, in the place of its scores where those are not needed
+  // any more; of all queries at work, see DqRows and Lost.
+  C* dq_tile;        // [kRows][q_width]
+  uint16_t* dq_low;  // [dq_rows][q_width]
+  C* lost;           // [dq_rows]
 
-  void carve(Carver& c, const Sizes<E>& n, int64_t rows, int64_t dq_rows, bool key_pass) {
+  void carve(Carver& c, const Sizes<E>& n, int64_t rows, int64_t dq_rows, bool key_pass,
+             bool halves) {
     k_columns = c.template take<Item>(kBlock * n.q_steps * E::kDepth);
     v_columns = c.template take<Item>(kBlock * n.v_steps * E::kDepth);
     k_steps = c.template take<Item>(kBlock * n.q_width);
@@ -53,10 +55,13 @@ struct BackwardScratch {
     const int64_t block_rows = key_pass ? kQueries : E::kDepth > 1 ? 0 : E::kRows;
     p_block = c.template take<Item>(block_rows * kBlock);
     ds_block = c.template take<Item>(block_rows * kBlock);
-    s_tile = c.template take<C>(E::kDepth > 1 ? E::kRows * kBlock : 0);
-    dp_tile = c.template take<C>(E::kDepth > 1 ? E::kRows * kBlock : 0);
+    const int64_t tile_width = E::kDepth > 1 ? 2 * kBlock : 0;
+    dq_tile = c.template take<C>(E::kRows * (n.q_width > tile_width ? n.q_width : tile_width));
+    s_tile = dq_tile;
+    dp_tile = dq_tile ? dq_tile + E::kRows * kBlock : nullptr;
     ds_rows = c.template take<Item>(E::kDepth > 1 ? E::kRows * kBlock : 0);
-    dq = c.template take<C>(dq_rows * n.q_width);
+    dq_low = c.template take<uint16_t>(halves ? dq_rows * n.q_width : 0);
+    lost = c.template take<C>(E::kDepth > 1 ? dq_rows : 0);
   }
 };
 
@@ -67,6 +72,7 @@ class Backward {
   static constexpr int kL = kLanes<C>;
   static constexpr int kD = E::kDepth;
   static constexpr C kInf = std::numeric_limits<C>::infinity();
+  static constexpr int64_t kNoDq = -1;
   static constexpr struct Ones {
     C row[E::kRows];
     constexpr Ones() : row() {
@@ -86,32 +92,25 @@ class Backward {
         logits_(args.problem),
         t_(scratch) {}
 
-  // One pass: everything of this kv head. dQ is summed in its output where that is possible.
-  void run_head(bool dq_in_place) {
-    for (int64_t g = 0; g < p_.group(); ++g) {
-      for (int64_t i = 0; i < band_.queries; ++i) {
-        std::memset(dq_row(dq_in_place, g, i), 0, static_cast<size_t>(p_.head_dim) * sizeof(C));
-      }
-    }
+  // One pass: everything of this kv head.
+  void run_head() {
+    for (int64_t g = 0; g < p_.group(); ++g) clear(g, 0, g * band_.queries, band_.queries);
     for (int64_t j0 = 0; j0 < band_.keys; j0 += kBlock) {
       const int64_t left = band_.keys - j0;
-      key_block(j0, left < kBlock ? left : kBlock, true, dq_in_place);
+      key_block(j0, left < kBlock ? left : kBlock, true);
     }
-    if (dq_in_place && logits_.scale == 1) return;
-    for (int64_t g = 0; g < p_.group(); ++g) {
-      write(dq_row(dq_in_place, g, 0), dq_in_place ? args_.dq.row : n_.q_width, logits_.scale,
-            rows(args_.dq, p_.q_begin(batch_), head(g), band_.queries, p_.head_dim));
-    }
+    for (int64_t g = 0; g < p_.group(); ++g) finish(g, 0, g * band_.queries, band_.queries);
   }
 
   // First of two passes: dK and dV of one key block.
-  void run_keys(int64_t j0, int64_t count) { key_block(j0, count, false, false); }
+  void run_keys(int64_t j0, int64_t count) { key_block(j0, count, false); }
 
   // Second of two passes: dQ of the group's rows of some queries.
   void run_queries(int64_t i0, int64_t count) {
-    const int64_t rows = count * p_.group();
-    for (int64_t g = 0; g < p_.group(); ++g) load_queries(g, i0, count, g * count, false);
-    std::memset(t_.dq, 0, static_cast<size_t>(rows * n_.q_width) * sizeof(C));
+    for (int64_t g = 0; g < p_.group(); ++g) {
+      load_queries(g, i0, count, g * count, false);
+      clear(g, i0, g * count, count);
+    }
     const Range seen = band_.keys_of(i0, i0 + count);
     for (int64_t j0 = seen.first / kBlock * kBlock; j0 < seen.last; j0 += kBlock) {
       const int64_t left = band_.keys - j0;
@@ -123,14 +122,11 @@ class Backward {
         for (int64_t i = 0; i < count; i += E::kRows) {
           const int64_t r = g * count + i;
           const int tile = static_cast<int>(count - i < E::kRows ? count - i : E::kRows);
-          visit(g, i0 + i, r, 0, tile, t_.dq + r * n_.q_width, n_.q_width, ahead);
+          visit(g, i0 + i, r, 0, tile, r, ahead);
         }
       }
     }
-    for (int64_t g = 0; g < p_.group(); ++g) {
-      write(t_.dq + g * count * n_.q_width, n_.q_width, logits_.scale,
-            this->rows(args_.dq, p_.q_begin(batch_) + i0, head(g), count, p_.head_dim));
-    }
+    for (int64_t g = 0; g < p_.group(); ++g) finish(g, i0, g * count, count);
   }
 
  private:
@@ -142,9 +138,27 @@ class Backward {
     return static_cast<C*>(view.data) + batch_ * view.batch + (p_.q_begin(batch_) + i) * view.row +
            head(g) * view.head;
   }
-  C* dq_row(bool in_place, int64_t g, int64_t i) const {
-    if (!in_place) return t_.dq + (g * band_.queries + i) * n_.q_width;
-    return static_cast<C*>(rows(args_.dq, p_.q_begin(batch_) + i, head(g), 1, p_.head_dim).data);
+  // dQ of queries [i, i + count), the first of them at row `at` of the scratch for dQ.
+  DqRows dq_rows(int64_t g, int64_t i, int64_t at, int64_t count) const {
+    const Rows out = rows(args_.dq, p_.q_begin(batch_) + i, head(g), count, p_.head_dim);
+    return {out, halves_dq(p_) ? t_.dq_low + at * n_.q_width : nullptr, n_.q_width};
+  }
+  void clear(int64_t g, int64_t i, int64_t at, int64_t count) const {
+    clear_dq<C>(dq_rows(g, i, at, count));
+    if (kD > 1) std::memset(t_.lost + at, 0, static_cast<size_t>(count) * sizeof(C));
+  }
+  // A row of dS sums to 0 and a rounded one does not: what all keys have in common would come back
+  // times the difference, up to 6 times what the accuracy rule allows. So the last key that a row
+  // sees is given what rounding took.
+  void finish(int64_t g, int64_t i, int64_t at, int64_t count) const {
+    const DqRows dq = dq_rows(g, i, at, count);
+    if (dq.low == nullptr && logits_.scale == 1) return;
+    finish_dq<C>(p_.dtype, dq, logits_.scale, [&](int64_t r) -> Lost<C> {
+      const Range keys = band_.keys_of(i + r);
+      if (kD == 1 || keys.empty()) return {0, nullptr};
+      const int64_t last = p_.k_begin(batch_) + keys.last - 1;
+      return {t_.lost[at + r], rows(args_.k, last, kv_head_, 1, p_.head_dim).data};
+    });
   }
   void write(const C* from, int64_t ld, C scale, const Rows& to) const {
     unpack_rows(p_.dtype, from, ld, [scale](int64_t) { return scale; }, to);
@@ -187,15 +201,20 @@ class Backward {
     const Rows q = rows(args_.q, first, head(g), count, p_.head_dim);
     const Rows dout = rows(args_.dout, first, head(g), count, p_.value_dim);
     for_dkv_ = for_dkv;
-    pack_rows<E>(p_.dtype, q, t_.q_rows + r * n_.q_width, n_.q_width, logits_.folded);
-    pack_rows<E>(p_.dtype, dout, t_.dout_rows + r * n_.v_width, n_.v_width);
-    if (for_dkv) {
-      if (kD > 1) {
-        pack_steps<E>(p_.dtype, q, t_.q_steps, n_.q_width);
-        pack_steps<E>(p_.dtype, dout, t_.dout_steps, n_.v_width);
+    Item* const q_rows = t_.q_rows + r * n_.q_width;
+    Item* const dout_rows = t_.dout_rows + r * n_.v_width;
+    if (kD == 1 || !for_dkv) {
+      pack_rows<E>(p_.dtype, q, q_rows, n_.q_width, logits_.folded);
+      pack_rows<E>(p_.dtype, dout, dout_rows, n_.v_width);
+    }
+    if constexpr (kD > 1) {
+      if (for_dkv) {
+        q_finite_ = pack_rows_and_steps<E>(q, q_rows, t_.q_steps, n_.q_width);
+        dout_finite_ = pack_rows_and_steps<E>(dout, dout_rows, t_.dout_steps, n_.v_width);
       }
-      q_finite_ = all_finite(t_.q_rows, count * n_.q_width);
-      dout_finite_ = all_finite(t_.dout_rows, count * n_.v_width);
+    } else if (for_dkv) {
+      q_finite_ = all_finite(q_rows, count * n_.q_width);
+      dout_finite_ = all_finite(dout_rows, count * n_.v_width);
     }
     for (int64_t i = 0; i < count; ++i) {
       const C lse = *stat(args_.lse, g, i0 + i);
@@ -206,7 +225,7 @@ class Backward {
     }
   }
 
-  void key_block(int64_t j0, int64_t count, bool with_dq, bool dq_in_place) {
+  void key_block(int64_t j0, int64_t count, bool with_dq) {
     load_keys(j0, count, with_dq);
     std::memset(t_.dk, 0, static_cast<size_t>(count * n_.q_width) * sizeof(C));
     std::memset(t_.dv, 0, static_cast<size_t>(count * n_.v_width) * sizeof(C));
@@ -218,12 +237,12 @@ class Backward {
         load_queries(g, i0, queries, 0, true);
         // The next head's first queries are few among all: nobody fetches them.
         const int64_t next = seen.last - i0 - kQueries;
-        Ahead<3> ahead = queries_ahead(g, i0 + kQueries, next < kQueries ? next : kQueries,
-                                       kVisitSteps * (kQueries / E::kRows) + kBlock / E::kRows);
+        Ahead<3> ahead =
+            queries_ahead(g, i0 + kQueries, next < kQueries ? next : kQueries,
+                          kVisitSteps * (kQueries / E::kRows) + 2 * (kBlock / E::kRows));
         for (int64_t r = 0; r < queries; r += E::kRows) {
           const int rows = static_cast<int>(queries - r < E::kRows ? queries - r : E::kRows);
-          C* dq = with_dq ? dq_row(dq_in_place, g, i0 + r) : nullptr;
-          visit(g, i0 + r, r, r, rows, dq, dq_in_place ? args_.dq.row : n_.q_width, ahead);
+          visit(g, i0 + r, r, r, rows, with_dq ? g * band_.queries + i0 + r : kNoDq, ahead);
         }
         add_dk_dv(i0, queries, ahead);
       }
@@ -234,10 +253,9 @@ class Backward {
   }
 
   // P and dS of queries [i, i + rows), which lie at scratch rows r on, into rows `at` on of the
-  // block; and their dQ if wanted.
+  // block; and their dQ, whose scratch begins at row dq_at, if wanted.
   template <class Ahead>
-  void visit(int64_t g, int64_t i, int64_t r, int64_t at, int rows, C* dq, int64_t dq_ld,
-             Ahead& ahead) {
+  void visit(int64_t g, int64_t i, int64_t r, int64_t at, int rows, int64_t dq_at, Ahead& ahead) {
     C* s = kD == 1 ? reinterpret_cast<C*>(t_.p_block) + at * kBlock : t_.s_tile;
     C* dp = kD == 1 ? reinterpret_cast<C*>(t_.ds_block) + at * kBlock : t_.dp_tile;
     Range seen = {0, 0};
@@ -261,116 +279,61 @@ class Backward {
               rows, columns.size());
     }
     ahead.step();
-    for (int row = 0; row < rows; ++row) {
+    const bool with_dq = dq_at != kNoDq && !seen.empty();
+    const PairTile<E> tile = {s,
+                              dp,
+                              for_dkv_ ? t_.p_block : nullptr,
+                              t_.ds_block,
+                              with_dq ? t_.ds_rows : nullptr,
+                              with_dq ? t_.lost + dq_at : nullptr,
+                              at,
+                              rows,
+                              columns};
+    differentiate<E>(logits_, tile, [&](int row) -> PairRow<C> {
       const Range own = {t_.keys[r + row].first - j0_, t_.keys[r + row].last - j0_};
-      differentiate(g, i + row, r + row, columns, own, s + row * kBlock, dp + row * kBlock);
-    }
-    if constexpr (kD == 2) {
-      if (for_dkv_) store_block(at, rows, s, dp);
-    }
-    if (dq == nullptr || seen.empty()) return;
+      return {t_.lse[r + row], t_.delta[r + row], logits_.slope(p_, batch_, head(g)),
+              i + row + band_.shift() - j0_, own};
+    });
+    if (!with_dq) return;
 
     ahead.step();
-    if constexpr (kD == 2) store_ds(rows, dp, false);
     const int64_t k0 = seen.first / E::kAlign * E::kAlign / kD;
     const Item* ds = kD == 1 ? t_.ds_block + at * kBlock : t_.ds_rows;
-    const Gemm<E> product = {
-        ds + k0 * kD,   kBlock, kD,    t_.k_steps + k0 * kD * n_.q_width,        n_.q_width * kD,
-        kPanel<E> * kD, dq,     dq_ld, round_up(seen.last, E::kAlign) / kD - k0, kOnes.row};
+    const DqRows dq = dq_rows(g, i, dq_at, rows);
+    // Whole vectors can be added by the product itself.
+    const bool direct = kD == 1 && dq.low == nullptr && n_.q_width == p_.head_dim;
+    C* const sums = direct ? static_cast<C*>(dq.out.data) : t_.dq_tile;
+    const Gemm<E> product = {ds + k0 * kD,
+                             kBlock,
+                             kD,
+                             t_.k_steps + k0 * kD * n_.q_width,
+                             n_.q_width * kD,
+                             kPanel<E> * kD,
+                             sums,
+                             direct ? dq.out.stride : n_.q_width,
+                             round_up(seen.last, E::kAlign) / kD - k0,
+                             direct ? kOnes.row : nullptr};
     if (k_finite_) {
       gemm<E>(product, rows, n_.q_width);
-      if constexpr (kD == 2) {
-        store_ds(rows, dp, true);
-        gemm<E>(product, rows, n_.q_width);
-      }
-      return;
-    }
-    for (int row = 0; row < rows; ++row) {
-      const Range own = intersect(t_.keys[r + row], {j0_, j0_ + keys_});
-      const int64_t origin = j0_ + k0 * kD;
-      gemm_exact<E>(product, row, own.first - origin, own.last - origin, p_.head_dim);
-    }
-  }
-
-  // One row: scores and dP become P and dS, zero outside the visible columns.
-  void differentiate(int64_t g, int64_t i, int64_t r, Range columns, Range own, C* s, C* dp) const {
-    const C slope = logits_.slope(p_, batch_, head(g));
-    const int64_t distance = i + band_.shift() - j0_;
-    const C lse = t_.lse[r];
-    const C delta = t_.delta[r];
-    for (int64_t c = 0; c < columns.first; c += kL) {
-      store(s + c, Vec<C>{});
-      store(dp + c, Vec<C>{});
-    }
-    for (int64_t c = columns.first; c < columns.last; c += kL) {
-      Vec<C> x = load<C>(s + c);
-      Vec<C> ds = load<C>(dp + c) - delta;
-      if (logits_.capped) {
-        const Vec<C> t = tanh(x * logits_.cap_in);
-        x = logits_.cap * t;
-        ds *= C(1) - t * t;
-      } else {
-        x *= logits_.scale;
-      }
-      if (logits_.biased) x += Logits<E>::bias(slope, distance - c);
-      const Vec<C> p = exp(x - lse);
-      store(s + c, keep(p, c, own, C(0)));
-      store(dp + c, keep(p * ds, c, own, C(0)));
-    }
-    for (int64_t c = columns.last; c < kBlock; c += kL) {
-      store(s + c, Vec<C>{});
-      store(dp + c, Vec<C>{});
-    }
-  }
-
-  // A tile of P and dS in C into the 16-bit layout of the blocks.
-  void store_block(int64_t at, int rows, const C* p, const C* ds) {
-    for (int64_t c = 0; c < kBlock; c += kL) {
-      store_columns(t_.p_block, at, rows, c, p + c);
-      store_columns(t_.ds_block, at, rows, c, ds + c);
-    }
-  }
-
-  void store_columns(Item* block, int64_t at, int rows, int64_t c, const C* tile) {
-    typename E::Operand pairs[(E::kRows + 1) / 2];
-    for (int row = 0; row < E::kRows; row += 2) {
-      const C* here = tile + row * kBlock;
-      pairs[row / 2] = E::pair(row < rows ? load<C>(here) : Vec<C>{},
-                               row + 1 < rows ? load<C>(here + kBlock) : Vec<C>{});
-    }
-    if constexpr (E::kStridedA) {
-      for (int row = 0; row < rows; row += 2) {
-        std::memcpy(block + (at + row) * kBlock + 2 * c, &pairs[row / 2], sizeof pairs[0]);
-      }
     } else {
-      static_assert(E::kRows == 2 * kL, "the pairs of a tile's rows must fill the lanes");
-      transpose(pairs);
-      for (int i = 0; i < kL; ++i) {
-        std::memcpy(block + (c + i) * kQueries + at, &pairs[i], sizeof pairs[0]);
+      for (int row = 0; row < rows; ++row) {
+        const Range own = intersect(t_.keys[r + row], {j0_, j0_ + keys_});
+        const int64_t origin = j0_ + k0 * kD;
+        gemm_exact<E>(product, row, own.first - origin, own.last - origin, p_.head_dim);
       }
     }
+    if (!direct) add_to_dq<C>(dq, t_.dq_tile, n_.q_width);
   }
 
-  // A tile of dS as the A operand of dQ; `rest`: what its rounding, which is there, has left over.
-  // dS sums to 0 over the keys and rounded dS does not: a component that all keys share would come
-  // back multiplied by the difference, up to 6 times what the accuracy rule allows.
-  void store_ds(int rows, const C* ds, bool rest) {
-    for (int row = 0; row < rows; ++row) {
-      for (int64_t c = 0; c < kBlock; c += 2 * kL) {
-        const C* here = ds + row * kBlock + c;
-        Item* out = t_.ds_rows + row * kBlock + c;
-        Vec<C> low = load<C>(here), high = load<C>(here + kL);
-        if (rest) {
-          low -= load<C>(out);
-          high -= load<C>(out + kL);
-        }
-        E::store_a(out, low, high);
-      }
-    }
-  }
-
-  // dV += P^T dout and dK += dS^T Q over the query block.
+  // dV += P^T dout and dK += dS^T Q over the query block: one after the other, so that dout, and
+  // then Q, stays in L1.
   void add_dk_dv(int64_t i0, int64_t queries, Ahead<3>& ahead) {
+    add_product(i0, queries, t_.p_block, t_.dout_steps, dout_finite_, t_.dv, n_.v_width, ahead);
+    add_product(i0, queries, t_.ds_block, t_.q_steps, q_finite_, t_.dk, n_.q_width, ahead);
+  }
+
+  void add_product(int64_t i0, int64_t queries, const Item* a, const Item* b, bool finite, C* sum,
+                   int64_t width, Ahead<3>& ahead) const {
     constexpr int64_t a_row = E::kStridedA ? kD : kQueries;
     constexpr int64_t a_step = E::kStridedA ? kBlock * kD : kD;
     for (int64_t j = 0; j < keys_; j += E::kRows) {
@@ -378,31 +341,19 @@ class Backward {
       const Range seen = intersect(band_.queries_of(j0_ + j, j0_ + j + rows), {i0, i0 + queries});
       if (seen.empty()) continue;
       ahead.step();
-      const int64_t i_first = (seen.first - i0) / E::kAlign * E::kAlign;
-      const int64_t steps = (round_up(seen.last - i0, E::kAlign) - i_first) / kD;
-      const int64_t a = i_first / kD * a_step + j * a_row;
-      const Gemm<E> dv = {t_.p_block + a,
-                          a_row,
-                          a_step,
-                          t_.dout_steps + i_first * n_.v_width,
-                          n_.v_width * kD,
-                          kPanel<E> * kD,
-                          t_.dv + j * n_.v_width,
-                          n_.v_width,
-                          steps,
-                          kOnes.row};
-      const Gemm<E> dk = {t_.ds_block + a,
-                          a_row,
-                          a_step,
-                          t_.q_steps + i_first * n_.q_width,
-                          n_.q_width * kD,
-                          kPanel<E> * kD,
-                          t_.dk + j * n_.q_width,
-                          n_.q_width,
-                          steps,
-                          kOnes.row};
-      add(dv, dout_finite_, j, rows, i0 + i_first, seen.last, n_.v_width);
-      add(dk, q_finite_, j, rows, i0 + i_first, seen.last, n_.q_width);
+      const int64_t first = (seen.first - i0) / E::kAlign * E::kAlign;
+      const int64_t steps = (round_up(seen.last - i0, E::kAlign) - first) / kD;
+      const Gemm<E> product = {a + first / kD * a_step + j * a_row,
+                               a_row,
+                               a_step,
+                               b + first * width,
+                               width * kD,
+                               kPanel<E> * kD,
+                               sum + j * width,
+                               width,
+                               steps,
+                               kOnes.row};
+      add(product, finite, j, rows, i0 + first, seen.last, width);
     }
   }
 

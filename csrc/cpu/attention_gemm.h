@@ -179,7 +179,7 @@ inline float to_compute(bf16 x) {
 template <class E>
 void gemm_exact(const Gemm<E>& g, int r, int64_t first, int64_t last, int64_t columns) {
   typename E::Compute* c = g.c + r * g.c_row;
-  for (int64_t n = 0; n < columns; ++n) c[n] *= g.scale[r];
+  for (int64_t n = 0; n < columns; ++n) c[n] = g.scale ? c[n] * g.scale[r] : 0;
   for (int64_t k = first; k < last; ++k) {
     const auto a = to_compute(g.a[r * g.a_row + k / E::kDepth * g.a_step + k % E::kDepth]);
     for (int64_t n = 0; n < columns; ++n) {

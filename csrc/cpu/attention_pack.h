@@ -182,6 +182,36 @@ void pack_columns(DType dtype, const Rows& rows, typename E::Item* out) {
   pack_with<E>(dtype, [&](auto s) { pack_columns_as<E, decltype(s)>(rows, out); });
 }
 
+// Both operands of 16-bit rows at once, [count][ld] and [count up to kAlign / 2][ld][2], because
+// the rows come from far. False where an item is inf or NaN.
+template <class E>
+bool pack_rows_and_steps(const Rows& rows, typename E::Item* by_row, typename E::Item* by_step,
+                         int64_t ld) {
+  using C = typename E::Compute;
+  using Item = typename E::Item;
+  Half bad = {};
+  const int64_t stop = round_up(rows.count, E::kAlign);
+  for (int64_t r = 0; r < stop; r += 2) {
+    prefetch_row(rows, r + kRowsAhead, sizeof(Item));
+    prefetch_row(rows, r + kRowsAhead + 1, sizeof(Item));
+    const Item* even = row_of<C, Item>(rows, r);
+    const Item* odd = row_of<C, Item>(rows, r + 1);
+    const int64_t even_width = r < rows.count ? rows.width : 0;
+    const int64_t odd_width = r + 1 < rows.count ? rows.width : 0;
+    for (int64_t d = 0; d < ld; d += kLanes<C>) {
+      const Half a = load_half_n(even + d, even_width - d);
+      const Half b = load_half_n(odd + d, odd_width - d);
+      bad |= ((a & 0x7f80) == 0x7f80) | ((b & 0x7f80) == 0x7f80);
+      std::memcpy(by_row + r * ld + d, &a, sizeof a);
+      std::memcpy(by_row + (r + 1) * ld + d, &b, sizeof b);
+      const Vec<uint32_t> pair = __builtin_convertvector(a, Vec<uint32_t>) |
+                                 __builtin_convertvector(b, Vec<uint32_t>) << 16;
+      std::memcpy(by_step + r * ld + 2 * d, &pair, sizeof pair);
+    }
+  }
+  return reduce(bad, [](auto a, auto b) { return a | b; }) == 0;
+}
+
 // Result rows, each times scale(r), rounded once.
 template <class C, class Scale>
 void unpack_rows(DType dtype, const C* from, int64_t ld, Scale scale, const Rows& rows) {

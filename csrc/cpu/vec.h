@@ -154,6 +154,25 @@ inline Half narrow(Vec<float> v, f16) {
 #endif
 }
 
+// A float's bits in two halves, and back: nothing is rounded.
+inline Half upper_half(Vec<float> v) {
+#if defined(__AVX512BW__)
+  const auto packed = reinterpret_cast<Vec<uint16_t>>(_mm512_maskz_permutexvar_epi16(
+      0xffffffff, reinterpret_cast<__m512i>(kUpperHalves), reinterpret_cast<__m512i>(v)));
+  return __builtin_shufflevector(packed, packed, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                 15);
+#else
+  return __builtin_convertvector(reinterpret_cast<Vec<uint32_t>>(v) >> 16, Half);
+#endif
+}
+inline Half lower_half(Vec<float> v) {
+  return __builtin_convertvector(reinterpret_cast<Vec<uint32_t>>(v), Half);
+}
+inline Vec<float> join(Half upper, Half lower) {
+  const auto high = reinterpret_cast<Vec<uint32_t>>(widen(upper, bf16{}));
+  return reinterpret_cast<Vec<float>>(high | __builtin_convertvector(lower, Vec<uint32_t>));
+}
+
 // ---- load, store ------------------------------------------------------------------------------
 
 template <class C, class S>
@@ -257,6 +276,20 @@ inline void store_n(S* p, V v, int64_t n) {
   store(lanes, v);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 #endif
+}
+
+// 16-bit items as they are.
+inline void store_half_n(uint16_t* p, Half v, int64_t n) {
+  constexpr int items = kVecBytes / 4;
+  if (n >= items) {
+    std::memcpy(p, &v, sizeof v);
+  } else if (n > 0) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1u, reinterpret_cast<__m256i>(v));
+#else
+    std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(uint16_t));
+#endif
+  }
 }
 
 // Bypasses the caches: for outputs larger than them. p must be aligned to the bytes written
