@@ -102,12 +102,18 @@ def _family(capability: tuple[int, int]) -> str:
 
 @dataclass(frozen=True)
 class Cpu:
-    """Launches on the CPU, at an ISA level; "" is the best that this CPU has."""
+    """Launches on the CPU, at an ISA level; "" is the best that this CPU has.
+
+    `executed` gets the FLOPs that a launcher says it executed.
+    """
 
     isa: str = ""
+    executed: list[int] | None = None
 
     def __call__(self, name: str, *args: Any) -> None:
-        getattr(_C, name)(*args, torch.get_num_threads(), self.isa)
+        flops = getattr(_C, name)(*args, torch.get_num_threads(), self.isa)
+        if self.executed is not None:
+            self.executed.append(flops)
 
     def parameter(self, t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         """A small parameter beside data of this dtype, as the kernels take it."""
@@ -166,19 +172,35 @@ def native_backends(
     run: Callable[..., Any],
     refuses: Callable[..., str | None] = why_not,
     cuda_refuses: Callable[..., str | None] = cuda_why_not,
+    *,
+    counted: bool = False,
 ) -> tuple[Backend, ...]:
     """`cpu`, one for each ISA level this CPU has (run only when forced), and `cuda`.
 
     `run(*args, launch=...)` allocates and launches. `cuda` runs unforced where it is validated.
+    `counted`: the CPU's launcher returns the FLOPs that it executed.
     """
     levels: list[str] = [] if _C is None else _C.isa_levels()["available"]
     named = {"cpu": "", **{f"cpu:{level}": level for level in levels}}
     on_cpu = [
-        Backend(name, partial(run, launch=Cpu(isa)), refuses, automatic=not isa)
+        Backend(
+            name,
+            partial(run, launch=Cpu(isa)),
+            refuses,
+            automatic=not isa,
+            executed_flops=partial(_executed, run, isa) if counted else None,
+        )
         for name, isa in named.items()
     ]
     on_gpu = partial(run, launch=Cuda())
     return (*on_cpu, Backend("cuda", on_gpu, cuda_refuses, unproven=partial(unvalidated, op)))
+
+
+def _executed(run: Callable[..., Any], isa: str, *args: Any) -> int:
+    """What a call executes, from running it: that depends on masks, level, threads and schedule."""
+    executed: list[int] = []
+    run(*args, launch=Cpu(isa, executed))
+    return sum(executed)
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

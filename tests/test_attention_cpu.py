@@ -317,3 +317,29 @@ def test_head_dims_that_fill_no_tile(isa, d):
     assert compare(ATTENTION, (out, lse), (q, k, v, *rest)) <= 1
     args = dout, None, q, k, v, out, lse
     assert compare(ATTENTION_BACKWARD, backward(isa, *args, rest), (*args, *rest)) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_executed_flops_are_those_of_the_schedule(isa, dtype):
+    """A full mask in whole blocks executes what the maths asks for, and the scores again."""
+
+    def ratios(heads, tokens, d, causal=False):
+        q, k, v, dout = (normal(1, tokens, heads, d, dtype=dtype, seed=s) for s in range(4))
+        rest = tail(tokens, tokens, causal=causal)
+        out, lse = ATTENTION.backend(f"cpu:{isa}").run(q, k, v, *rest)
+        for op, args in (
+            (ATTENTION, (q, k, v)),
+            (ATTENTION_BACKWARD, (dout, None, q, k, v, out, lse)),
+        ):
+            executed = op.backend(f"cpu:{isa}").executed_flops(*args, *rest)
+            yield executed / op.cost(*args, *rest).flops
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert list(ratios(4, 256, 64)) == [1, 10 / 8]  # one pass, in which each head has a thread
+        assert list(ratios(1, 256, 64)) == [1, 14 / 8]  # two passes
+        assert all(1 < r < 2.2 for r in ratios(4, 512, 64, True))  # parts of masked blocks
+        assert all(r > 1 for r in ratios(4, 256, 37))  # padding
+    finally:
+        torch.set_num_threads(threads)

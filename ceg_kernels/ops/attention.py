@@ -298,7 +298,7 @@ ATTENTION = Op(
     samples=samples,
     shapes=SHAPES | DECODE_SHAPES,
     backends=(
-        *native.native_backends("attention", run_native, refuses, cuda_refuses),
+        *native.native_backends("attention", run_native, refuses, cuda_refuses, counted=True),
         Backend("triton", run_triton, refuses_triton, automatic=False),
         Backend("torch", attention_torch.run, attention_torch.why_not),
         Backend("reference", reference, executed_flops=executed_materialised),
@@ -326,6 +326,7 @@ ATTENTION_BACKWARD = Op(
             run_native_backward,
             lambda dout, dlse, q, k, v, out, lse, *tail: refuses(q, k, v, *tail),
             lambda dout, dlse, q, k, v, out, lse, *tail: cuda_refuses(q, k, v, *tail),
+            counted=True,
         ),
         Backend(
             "triton",

@@ -167,11 +167,12 @@ std::vector<AttentionTask> make_chunk_tasks(const AttentionProblem& p, KeyChunks
 
 }  // namespace
 
-void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
-                   const Optional& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                   const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
-                   const Tensor& lse, double softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, double softcap, int threads, const std::string& isa) {
+int64_t attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                      int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
+                      const Optional& sink, const Tensor& out, const Tensor& lse,
+                      double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                      double softcap, int threads, const std::string& isa) {
   const AttentionInputs in = {q,
                               k,
                               v,
@@ -206,16 +207,19 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   args.tasks = tasks.data();
   args.num_tasks = static_cast<int64_t>(tasks.size());
   args.task_rows = queries * args.problem.group();
+  std::atomic<int64_t> executed = 0;
+  args.executed = &executed;
   kernels(isa).attention_fwd(args);
+  return executed;
 }
 
-void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, const Tensor& k,
-                   const Tensor& v, const Tensor& out, const Tensor& lse,
-                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, const Optional& alibi_slopes, const Optional& sink,
-                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Optional& dsink,
-                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                   double softcap, int threads, const std::string& isa) {
+int64_t attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, const Tensor& k,
+                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                      const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                      int64_t max_seqlen_q, int64_t max_seqlen_k, const Optional& alibi_slopes,
+                      const Optional& sink, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                      const Optional& dsink, double softmax_scale, bool causal, int64_t window_left,
+                      int64_t window_right, double softcap, int threads, const std::string& isa) {
   const AttentionInputs in = {q,
                               k,
                               v,
@@ -273,7 +277,10 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
   args.task_rows = queries * args.problem.group();
   args.key_tasks = key_tasks.data();
   args.num_key_tasks = static_cast<int64_t>(key_tasks.size());
+  std::atomic<int64_t> executed = 0;
+  args.executed = &executed;
   kernels(isa).attention_bwd(args);
+  return executed;
 }
 
 }  // namespace ceg

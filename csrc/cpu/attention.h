@@ -3,6 +3,7 @@
 //   k, Dv head_dim of v.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -61,6 +62,7 @@ struct AttentionFwdArgs {
   // chunks.
   int64_t chunks = 1;
   int threads;
+  std::atomic<int64_t>* executed;  // gets the FLOPs of the products, padding included
 };
 
 struct AttentionBwdArgs {
@@ -73,28 +75,30 @@ struct AttentionBwdArgs {
   const AttentionTask* key_tasks;
   int64_t num_key_tasks;
   int threads;
+  std::atomic<int64_t>* executed;  // as of the forward
 };
 
 // Keys of one block (the AMX forward takes two at once). Fixed for all thread counts: it decides
 // the order of the sums.
 inline constexpr int64_t kAttentionBlockKeys = 128;
 
-void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                   const std::optional<Tensor>& cu_seqlens_q,
-                   const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
-                   const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                   double softcap, int threads, const std::string& isa);
+// Both return the FLOPs of the products that they executed.
+int64_t attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                      const std::optional<Tensor>& cu_seqlens_q,
+                      const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                      int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+                      const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
+                      double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                      double softcap, int threads, const std::string& isa);
 
-void attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
-                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                   const std::optional<Tensor>& cu_seqlens_q,
-                   const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
-                   const std::optional<Tensor>& sink, const Tensor& dq, const Tensor& dk,
-                   const Tensor& dv, const std::optional<Tensor>& dsink, double softmax_scale,
-                   bool causal, int64_t window_left, int64_t window_right, double softcap,
-                   int threads, const std::string& isa);
+int64_t attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
+                      const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                      const std::optional<Tensor>& cu_seqlens_q,
+                      const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                      int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
+                      const std::optional<Tensor>& sink, const Tensor& dq, const Tensor& dk,
+                      const Tensor& dv, const std::optional<Tensor>& dsink, double softmax_scale,
+                      bool causal, int64_t window_left, int64_t window_right, double softcap,
+                      int threads, const std::string& isa);
 
 }  // namespace ceg

@@ -24,6 +24,8 @@ struct AmxBf16 : DotBf16 {
   // p.v loads and stores its accumulators once a block: 256 keys are 10-15% faster than 128.
   static constexpr int kForwardBlocks = 2;
   static constexpr bool kStridedA = false;
+  static constexpr int kRowPad = kTile;
+  static constexpr int kColumnPad = 2 * kTile;
 };
 
 // C of 16 rows: [16][stride], two tiles of columns.

@@ -91,6 +91,9 @@ class Backward {
         n_(args.problem),
         logits_(args.problem),
         t_(scratch) {}
+  ~Backward() { *args_.executed += executed_; }
+  Backward(const Backward&) = delete;
+  Backward& operator=(const Backward&) = delete;
 
   // One pass: everything of this kv head.
   void run_head() {
@@ -270,13 +273,13 @@ class Backward {
       const int64_t panel = columns.first / kPanel<E>;
       const int64_t k_panel = n_.q_steps * kPanel<E> * kD;
       const int64_t v_panel = n_.v_steps * kPanel<E> * kD;
-      gemm<E>({t_.q_rows + r * n_.q_width, n_.q_width, kD, t_.k_columns + panel * k_panel,
-               kPanel<E> * kD, k_panel, s + columns.first, kBlock, n_.q_steps, nullptr},
-              rows, columns.size());
+      multiply({t_.q_rows + r * n_.q_width, n_.q_width, kD, t_.k_columns + panel * k_panel,
+                kPanel<E> * kD, k_panel, s + columns.first, kBlock, n_.q_steps, nullptr},
+               rows, columns.size());
       ahead.step();
-      gemm<E>({t_.dout_rows + r * n_.v_width, n_.v_width, kD, t_.v_columns + panel * v_panel,
-               kPanel<E> * kD, v_panel, dp + columns.first, kBlock, n_.v_steps, nullptr},
-              rows, columns.size());
+      multiply({t_.dout_rows + r * n_.v_width, n_.v_width, kD, t_.v_columns + panel * v_panel,
+                kPanel<E> * kD, v_panel, dp + columns.first, kBlock, n_.v_steps, nullptr},
+               rows, columns.size());
     }
     ahead.step();
     const bool with_dq = dq_at != kNoDq && !seen.empty();
@@ -314,13 +317,14 @@ class Backward {
                              round_up(seen.last, E::kAlign) / kD - k0,
                              direct ? kOnes.row : nullptr};
     if (k_finite_) {
-      gemm<E>(product, rows, n_.q_width);
+      multiply(product, rows, n_.q_width);
     } else {
       for (int row = 0; row < rows; ++row) {
         const Range own = intersect(t_.keys[r + row], {j0_, j0_ + keys_});
         const int64_t origin = j0_ + k0 * kD;
         gemm_exact<E>(product, row, own.first - origin, own.last - origin, p_.head_dim);
       }
+      executed_ += gemm_flops(product, rows, n_.q_width);
     }
     if (!direct) add_to_dq<C>(dq, t_.dq_tile, n_.q_width);
   }
@@ -333,7 +337,7 @@ class Backward {
   }
 
   void add_product(int64_t i0, int64_t queries, const Item* a, const Item* b, bool finite, C* sum,
-                   int64_t width, Ahead<3>& ahead) const {
+                   int64_t width, Ahead<3>& ahead) {
     constexpr int64_t a_row = E::kStridedA ? kD : kQueries;
     constexpr int64_t a_step = E::kStridedA ? kBlock * kD : kD;
     for (int64_t j = 0; j < keys_; j += E::kRows) {
@@ -358,12 +362,18 @@ class Backward {
   }
 
   void add(const Gemm<E>& product, bool finite, int64_t j, int rows, int64_t first, int64_t last,
-           int64_t width) const {
-    if (finite) return gemm<E>(product, rows, width);
+           int64_t width) {
+    if (finite) return multiply(product, rows, width);
+    executed_ += gemm_flops(product, rows, width);
     for (int row = 0; row < rows; ++row) {
       const Range own = intersect(band_.queries_of(j0_ + j + row), {first, last});
       gemm_exact<E>(product, row, own.first - first, own.last - first, width);
     }
+  }
+
+  void multiply(const Gemm<E>& product, int rows, int64_t columns) {
+    executed_ += gemm_flops(product, rows, columns);
+    gemm<E>(product, rows, columns);
   }
 
   const AttentionBwdArgs& args_;
@@ -373,6 +383,7 @@ class Backward {
   Sizes<E> n_;
   Logits<E> logits_;
   BackwardScratch<E> t_;
+  int64_t executed_ = 0;       // FLOPs of the products
   int64_t j0_ = 0, keys_ = 0;  // the key block that is loaded
   bool for_dkv_ = false;       // and whether the queries are for its dK and dV
   bool k_finite_ = true, q_finite_ = true, dout_finite_ = true;

@@ -88,6 +88,7 @@ class Task {
         visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0, next);
       }
     }
+    *args_.executed += executed_;
   }
 
   // Joins the states that the later chunks of the keys left.
@@ -164,13 +165,19 @@ class Task {
     if constexpr (E::kDepth == 1) {
       if (p_.few_rows()) {
         dot_scores<E>(p_.dtype, q, n_.q_width, rows, k_rows_, start, stop, t_.s, kBlock);
+        executed_ += 2 * rows * (stop - start) * p_.head_dim;
         return;
       }
     }
     const int64_t panel = n_.q_steps * kPanel<E> * E::kDepth;
-    gemm<E>({q, n_.q_width, E::kDepth, t_.k + start / kPanel<E> * panel, kPanel<E> * E::kDepth,
-             panel, t_.s + start, kBlock, n_.q_steps, nullptr},
-            rows, stop - start);
+    multiply({q, n_.q_width, E::kDepth, t_.k + start / kPanel<E> * panel, kPanel<E> * E::kDepth,
+              panel, t_.s + start, kBlock, n_.q_steps, nullptr},
+             rows, stop - start);
+  }
+
+  void multiply(const Gemm<E>& product, int rows, int64_t columns) {
+    executed_ += gemm_flops(product, rows, columns);
+    gemm<E>(product, rows, columns);
   }
 
   void values(int64_t r, int rows, Range block, int64_t j0, Range seen, const C* rescale) {
@@ -184,6 +191,7 @@ class Task {
         const WeightedSum<C> sum = {t_.p,       kBlock, v_rows_, t_.out + r * n_.v_width,
                                     n_.v_width, rescale};
         add_values<E>(p_.dtype, sum, rows, n_.v_width, seen, own);
+        executed_ += 2 * rows * seen.size() * p_.value_dim;
         return;
       }
     }
@@ -200,9 +208,10 @@ class Task {
                         k1 - k0,
                         rescale};
     if (v_finite_) {
-      gemm<E>(pv, rows, n_.v_width);
+      multiply(pv, rows, n_.v_width);
     } else {
       const int64_t origin = k0 * E::kDepth;
+      executed_ += gemm_flops(pv, rows, n_.v_width);
       for (int i = 0; i < rows; ++i) {
         gemm_exact<E>(pv, i, own[i].first - origin, own[i].last - origin, n_.v_width);
       }
@@ -306,6 +315,7 @@ class Task {
   Logits<E> logits_;
   Scratch<E> t_;
   Rows k_rows_ = {}, v_rows_ = {};  // of the block
+  int64_t executed_ = 0;
   bool v_finite_ = true;
 };
 

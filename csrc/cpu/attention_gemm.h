@@ -36,6 +36,8 @@ struct Fma {
   static constexpr int kRows = kTileRows;
   static constexpr int kForwardBlocks = 1;
   static constexpr bool kStridedA = true;
+  static constexpr int kRowPad = 1;  // what a product rounds its sizes up to
+  static constexpr int kColumnPad = kLanes<C>;
 
   static Operand load_b(const Item* p) { return load<C>(p); }
   static Operand broadcast_a(const Item* p) { return broadcast(*p); }
@@ -58,6 +60,8 @@ struct DotBf16 {
   static constexpr int kRows = kTileRows;
   static constexpr int kForwardBlocks = 1;
   static constexpr bool kStridedA = true;
+  static constexpr int kRowPad = 1;
+  static constexpr int kColumnPad = kLanes<float>;
 
   static Operand load_b(const Item* p) {
     Operand v;
@@ -109,6 +113,13 @@ struct Gemm {
   int64_t steps;
   const Compute* scale;  // per row: C starts from scale[r] * C; null: from zero
 };
+
+// What a product executes, padding included.
+template <class E>
+inline int64_t gemm_flops(const Gemm<E>& g, int64_t rows, int64_t columns) {
+  const auto padded = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
+  return 2 * padded(rows, E::kRowPad) * padded(columns, E::kColumnPad) * g.steps * E::kDepth;
+}
 
 template <class E, int rows, int vecs>
 void gemm_tile(const Gemm<E>& g, const typename E::Item* b, typename E::Compute* c) {
