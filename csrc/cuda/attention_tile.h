@@ -46,6 +46,24 @@ struct Sequence {
   __device__ __forceinline__ int shift() const { return n_k - n_q; }
 };
 
+// Whose rows a tile has; the other side's are its columns.
+enum class Side { queries, keys };
+
+// How the rows of a tile meet the columns: see partners().
+struct Meeting {
+  int offset, before, after, count;
+
+  template <Side kSide>
+  static __device__ __forceinline__ Meeting of(const Attention& p, const Sequence& at) {
+    if constexpr (kSide == Side::queries) return {at.shift(), p.left, p.right, at.n_k};
+    return {-at.shift(), p.right, p.left, at.n_q};
+  }
+  template <int kBlock>
+  __device__ __forceinline__ Partners partners(int first, int last) const {
+    return cuda::partners<kBlock>(first, last, offset, before, after, count);
+  }
+};
+
 // blockIdx.x and threadIdx.x, read again by each call: what follows from them is computed again,
 // too, instead of taking registers from one end of a loop to the other.
 __device__ __forceinline__ int block_index() {
