@@ -35,8 +35,7 @@ std::string attention_sm90_why_not(const AttentionFwd& args) {
 std::string attention_sm90_why_not(const AttentionBwd& args) {
   const MappedRows rows(args);
   const TensorOfRows dout = rows_of_dout(args);
-  return why_not(args.problem,
-                 {{"dout", dout}, {"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
+  return why_not(args.problem, {{"dout", dout}, {"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
 }
 
 }  // namespace ceg::cuda

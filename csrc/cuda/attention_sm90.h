@@ -85,18 +85,25 @@ struct SharedTiles {
   }
 };
 
-// f(tile, partners) for each tile of this block, the producer's and the consumers' loop.
+template <class Tile, Side kSide>
+__device__ __forceinline__ TileOf<Tile::kRows> tile_of(const Attention& p, const Schedule& schedule,
+                                                       int block) {
+  constexpr bool kOfQueries = kSide == Side::queries;
+  return {p, kOfQueries ? p.heads : p.kv_heads, schedule.place(block, kOfQueries)};
+}
+
+// f(tile, partners, block) for each tile of this block of threads, the producer's and the
+// consumers' loop.
 template <class Tile, Side kSide, class F>
 __device__ __forceinline__ void for_each_tile(const Attention& p, const Schedule& schedule, F f) {
-  constexpr bool kOfQueries = kSide == Side::queries;
   const int blocks = static_cast<int>(schedule.blocks());
   for (int block = block_index(); block < blocks; block += static_cast<int>(gridDim.x)) {
-    const TileOf<Tile::kRows> tile(p, kOfQueries ? p.heads : p.kv_heads,
-                                   schedule.place(block, kOfQueries));
-    const int count = kOfQueries ? tile.at.n_q : tile.at.n_k;
+    const TileOf<Tile::kRows> tile = tile_of<Tile, kSide>(p, schedule, block);
+    const int count = kSide == Side::queries ? tile.at.n_q : tile.at.n_k;
     if (tile.first >= count) continue;
     const int last = least(tile.first + Tile::kRows, count) - 1;
-    f(tile, Meeting::of<kSide>(p, tile.at).template partners<Tile::kBlock>(tile.first, last));
+    f(tile, Meeting::of<kSide>(p, tile.at).template partners<Tile::kBlock>(tile.first, last),
+      block);
   }
 }
 
@@ -159,8 +166,8 @@ struct Producer {
 // Where a consumer is in what it reads, and what its warps do together.
 template <class Tile>
 struct Reader {
-  // Named barriers, one for each consumer; 0 is __syncthreads'.
-  static constexpr int kBarrier = 1;
+  // Named barriers, of each kind one for each consumer; 0 is __syncthreads'.
+  static constexpr int kBarrier = 1, kTurnBarrier = 1 + Tile::kConsumers;
 
   const SharedTiles<Tile>& shared;
   RingPlace<1> held_place = {};
@@ -173,6 +180,21 @@ struct Reader {
 
   static __device__ __forceinline__ void meet() {
     named_barrier_sync(kBarrier + index(), kWarpgroup);
+  }
+
+  // Consumers issue their products in turns: while those run, another has its exponentials. A turn
+  // begins with the first consumer and is passed as often as it is taken.
+  static __device__ __forceinline__ void take_turn() {
+    named_barrier_sync(kTurnBarrier + index(), 2 * kWarpgroup);
+  }
+  static __device__ __forceinline__ void pass_turn() {
+    named_barrier_arrive(kTurnBarrier + (index() + 1) % Tile::kConsumers, 2 * kWarpgroup);
+  }
+  template <class F>
+  static __device__ __forceinline__ void in_turns(F f) {
+    if (index() == Tile::kConsumers - 1) pass_turn();
+    f();
+    if (index() == 0) take_turn();  // which the last one passed
   }
 
   // The warp is done with a tile that the producer may overwrite.

@@ -3,8 +3,8 @@
 // A block of threads takes tile after tile of 128 keys of one key head and visits the queries that
 // see them, of all heads of the group: no atomics, and the sums in one order. All is transposed: a
 // consumer has 64 keys, and what of probabilities and their gradients becomes an operand of dV and
-// dK does so without leaving registers. Blocks of Q and dout, with lse and delta beside them, stream
-// by.
+// dK does so without leaving registers. Blocks of Q and dout, with lse and delta beside them,
+// stream by.
 #include "attention_backward.h"
 #include "attention_sm90.h"
 #include "attention_sm90_launch.h"
@@ -50,7 +50,7 @@ struct Consumer : Reader<KeyTile<kD, kPlain>> {
                           [&](int, int n, int i) { return lse_delta[column_of(lane, n, i)]; });
   }
 
-  // dV and dK of a block of queries.
+  // dV and dK of a block of queries; it is this consumer's turn.
   __device__ __forceinline__ void visit(const Keys& tile, int block, const Logit& logit,
                                         Gradient& dk, Gradient& dv) const {
     using Own = typename Tile::Own;
@@ -62,12 +62,14 @@ struct Consumer : Reader<KeyTile<kD, kPlain>> {
     issue_product_of_rows<T, Own, Block>(s[0], held(kK), streamed(kQueries));
     issue_product_of_rows<T, Own, Block>(dp[0], held(kV), streamed(kDout));
     wgmma_commit();
+    Base::pass_turn();
     wgmma_wait<0>(s[0], dp[0]);
     weigh(s, dp, tile, block, logit);
 
     Operand p, ds;
     to_operand<T>(p, s);
     to_operand<T>(ds, dp);
+    Base::take_turn();  // for these products and the next block's
     wgmma_fence(dv[0], dk[0], p[0], ds[0]);
     issue_product<T, Block>(dv[0], p[0], streamed(kDout));
     issue_product<T, Block>(dk[0], ds[0], streamed(kQueries));
@@ -92,31 +94,29 @@ struct Consumer : Reader<KeyTile<kD, kPlain>> {
 
   __device__ __forceinline__ void run() {
     const Attention& p = args.problem;
-    const auto of_tile = [&](const Keys& tile, const Partners& queries) {
-      // A block of which no query sees the consumer's own keys is passed over.
-      const int row = tile.first + 64 * index(), last = least(row + 64, tile.at.n_k) - 1;
-      const Meeting meeting = Meeting::of<Side::keys>(p, tile.at);
-      const Partners own = meeting.partners<kM>(row, last);
-      const int own_start = row <= last ? own.start : queries.stop;
+    const auto of_tile = [&](const Keys& tile, const Partners& queries, int block_of_threads) {
       Gradient dk, dv;
       clear(dk);
       clear(dv);
       Base::wait_for_held();
+      const bool any = queries.start < queries.stop;
+      if (any) Base::take_turn();
       for (int h = tile.h * p.group(); h < (tile.h + 1) * p.group(); ++h) {
         const Logit logit(p, tile.b, h);
         for (int block = queries.start; block < queries.stop; block += kM) {
           Base::place[kDout] = Base::place[kQueries];  // always; known, it takes fewer registers
           Base::wait_for(kQueries);
           Base::wait_for(kDout);
-          if (block >= own_start && block < own.stop) visit(tile, block, logit, dk, dv);
+          visit(tile, block, logit, dk, dv);
           Base::release(kQueries);
           Base::release(kDout);
         }
       }
-      write(tile, dk, dv);
+      if (any) Base::pass_turn();
+      write(tile_of<Tile, Side::keys>(p, args.of_keys, again(block_of_threads)), dk, dv);
       Base::release_held();
     };
-    for_each_tile<Tile, Side::keys>(p, args.of_keys, of_tile);
+    Base::in_turns([&] { for_each_tile<Tile, Side::keys>(p, args.of_keys, of_tile); });
   }
 };
 
@@ -154,7 +154,7 @@ template <class Tile>
 __device__ __forceinline__ void produce(const Arguments& args, const SharedTiles<Tile>& shared) {
   const Attention& p = args.of.problem;
   Producer<Tile> producer{shared};
-  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& queries) {
+  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& queries, int) {
     const int batch = p.cu_q ? 0 : tile.b, first_head = tile.h * p.group();
     const auto load = [&](int h, int block) {
       const int row = tile.at.first_q + block;
@@ -200,8 +200,8 @@ void attention_sm90_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream
                      {tensor_map("q", dtype, rows.q, Tile::kBlock),
                       tensor_map("dout", dtype, rows_of_dout(args), Tile::kBlock)}};
     launch_persistent<Tile>("attention_sm90_bwd_dkdv_kernel",
-                            attention_sm90_bwd_dkdv_kernel<T, kD, plain.value>, all,
-                            all.of.of_keys, args.problem.max_k, stream);
+                            attention_sm90_bwd_dkdv_kernel<T, kD, plain.value>, all, all.of.of_keys,
+                            args.problem.max_k, stream);
   });
 }
 

@@ -10,7 +10,7 @@
 namespace ceg::cuda {
 namespace {
 
-constexpr int kQ = 0, kDout = 1;        // what is held
+constexpr int kQ = 0, kDout = 1;       // what is held
 constexpr int kKeys = 0, kValues = 1;  // what streams by
 using Arguments = Sm90Arguments<AttentionBwd, 2>;
 
@@ -70,6 +70,7 @@ struct Consumer : Reader<QueryTile<kD, kPlain>> {
     const Statistics of_rows(args, tile);
     const Logit logit(args.problem, tile.b, tile.h);
     float lost[1][2] = {};
+    Base::take_turn();
     for (int block = keys.start; block < keys.stop; block += kN) {
       if (block > keys.start) Base::release(kKeys);
       Base::wait_for(kKeys);
@@ -81,6 +82,7 @@ struct Consumer : Reader<QueryTile<kD, kPlain>> {
       issue_product_of_rows<T, Own, Block>(s[0], held(kQ), streamed(kKeys));
       issue_product_of_rows<T, Own, Block>(dp[0], held(kDout), streamed(kValues));
       wgmma_commit();
+      Base::pass_turn();
       wgmma_wait<0>(s[0], dp[0]);
       Base::release(kValues);
       weigh(s, dp, tile, block, logit, of_rows);
@@ -88,6 +90,7 @@ struct Consumer : Reader<QueryTile<kD, kPlain>> {
       Operand ds;
       to_operand<T>(ds, dp);
       add_lost<T>(lost, dp, ds);
+      Base::take_turn();  // for these products and the next block's
       wgmma_fence(dq[0], ds[0]);
       issue_product<T, Block>(dq[0], ds[0], streamed(kKeys));
       wgmma_commit();
@@ -100,6 +103,7 @@ struct Consumer : Reader<QueryTile<kD, kPlain>> {
     wgmma_fence(dq[0], operand[0]);
     issue_product<T, Block>(dq[0], operand[0], streamed(kKeys));
     wgmma_commit();
+    Base::pass_turn();
     wgmma_wait<0>(dq[0], operand[0]);
     Base::release(kKeys);
   }
@@ -117,7 +121,7 @@ struct Consumer : Reader<QueryTile<kD, kPlain>> {
   }
 
   __device__ __forceinline__ void run() {
-    const auto of_tile = [&](const Queries& tile, const Partners& keys) {
+    const auto of_tile = [&](const Queries& tile, const Partners& keys, int) {
       Gradient dq;
       clear(dq);
       Base::wait_for_held();
@@ -125,7 +129,8 @@ struct Consumer : Reader<QueryTile<kD, kPlain>> {
       write(tile, dq);
       Base::release_held();
     };
-    for_each_tile<Tile, Side::queries>(args.problem, args.of_queries, of_tile);
+    Base::in_turns(
+        [&] { for_each_tile<Tile, Side::queries>(args.problem, args.of_queries, of_tile); });
   }
 };
 
@@ -133,7 +138,7 @@ template <class Tile>
 __device__ __forceinline__ void produce(const Arguments& args, const SharedTiles<Tile>& shared) {
   const Attention& p = args.of.problem;
   Producer<Tile> producer{shared};
-  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& keys) {
+  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& keys, int) {
     const int batch = p.cu_q ? 0 : tile.b, kv_head = tile.h / p.group();
     const auto load = [&](int block) {
       for (const int tensor : {kKeys, kValues}) {
@@ -169,11 +174,11 @@ void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream) 
     constexpr int kD = decltype(head)::kWidth;
     using Tile = QueryTile<kD, plain.value>;
     const MappedRows rows(args);
-    Arguments all = {args,
-                     {tensor_map("q", dtype, rows.q, 64),
-                      tensor_map("dout", dtype, rows_of_dout(args), 64)},
-                     {tensor_map("k", dtype, rows.k, Tile::kBlock),
-                      tensor_map("v", dtype, rows.v, Tile::kBlock)}};
+    Arguments all = {
+        args,
+        {tensor_map("q", dtype, rows.q, 64), tensor_map("dout", dtype, rows_of_dout(args), 64)},
+        {tensor_map("k", dtype, rows.k, Tile::kBlock),
+         tensor_map("v", dtype, rows.v, Tile::kBlock)}};
     launch_persistent<Tile>("attention_sm90_bwd_dq_kernel",
                             attention_sm90_bwd_dq_kernel<T, kD, plain.value>, all,
                             all.of.of_queries, args.problem.max_q, stream);

@@ -34,20 +34,11 @@ struct Consumer : Reader<ForwardTile<kD, kPlain>> {
   using Scores = float[1][kN / 8][4];
   using Weights = uint32_t[1][kN / 16][4];
   using Output = float[1][kD / 8][4];
-  static constexpr int kTurnBarrier = Base::kBarrier + Tile::kConsumers;
 
   const AttentionFwd& args;
 
   __device__ __forceinline__ Consumer(const SharedTiles<Tile>& shared, const AttentionFwd& args)
       : Base{shared}, args(args) {}
-
-  // In turns warpgroups issue their products: while those run, another has its softmax.
-  static __device__ __forceinline__ void take_turn() {
-    named_barrier_sync(kTurnBarrier + index(), 2 * kWarpgroup);
-  }
-  static __device__ __forceinline__ void pass_turn() {
-    named_barrier_arrive(kTurnBarrier + (index() + 1) % Tile::kConsumers, 2 * kWarpgroup);
-  }
 
   // A group of products each: s = Q K^T, acc += P V.
   __device__ __forceinline__ void issue_scores(Scores& s) const {
@@ -60,9 +51,8 @@ struct Consumer : Reader<ForwardTile<kD, kPlain>> {
   }
 
   // Scores of the keys from `block` on become probabilities.
-  __device__ __forceinline__ void weigh(Scores& s, const Queries& tile, int block,
-                                        Softmax& softmax, const Logit& logit,
-                                        float (&rescale)[2]) const {
+  __device__ __forceinline__ void weigh(Scores& s, const Queries& tile, int block, Softmax& softmax,
+                                        const Logit& logit, float (&rescale)[2]) const {
     const Attention& p = args.problem;
     const int row = tile.first + warp_row(), last = least(row + 16, tile.at.n_q) - 1;
     const bool masked =
@@ -75,17 +65,17 @@ struct Consumer : Reader<ForwardTile<kD, kPlain>> {
   }
 
   // The products of one block run beside the softmax of the next.
-  __device__ __forceinline__ void attend(const Queries& tile, const Partners& keys,
-                                         Output& acc, Softmax& softmax) {
+  __device__ __forceinline__ void attend(const Queries& tile, const Partners& keys, Output& acc,
+                                         Softmax& softmax) {
     const Logit logit(args.problem, tile.b, tile.h);
     Scores s;
     Weights weights;
     float rescale[2];
     wait_for(kKeys);
-    take_turn();
+    Base::take_turn();
     wgmma_fence(s[0]);
     issue_scores(s);
-    pass_turn();
+    Base::pass_turn();
     wgmma_wait<0>(s[0]);
     release(kKeys);
     weigh(s, tile, keys.start, softmax, logit, rescale);  // acc is 0
@@ -93,13 +83,13 @@ struct Consumer : Reader<ForwardTile<kD, kPlain>> {
 
     for (int block = keys.start + kN; block < keys.stop; block += kN) {
       wait_for(kKeys);
-      take_turn();
+      Base::take_turn();
       wgmma_fence(s[0]);
       issue_scores(s);
       wait_for(kValues);
       wgmma_fence(acc[0], weights[0]);
       issue_output(acc, weights);
-      pass_turn();
+      Base::pass_turn();
       wgmma_wait<1>(s[0]);
       release(kKeys);
       weigh(s, tile, block, softmax, logit, rescale);
@@ -147,8 +137,7 @@ struct Consumer : Reader<ForwardTile<kD, kPlain>> {
   }
 
   __device__ __forceinline__ void run() {
-    if (index() == Tile::kConsumers - 1) pass_turn();
-    const auto of_tile = [&](const Queries& tile, const Partners& keys) {
+    const auto of_tile = [&](const Queries& tile, const Partners& keys, int) {
       Softmax softmax;
       Output acc;
       clear(acc);
@@ -156,8 +145,8 @@ struct Consumer : Reader<ForwardTile<kD, kPlain>> {
       if (keys.start < keys.stop) attend(tile, keys, acc, softmax);
       write(tile, acc, softmax);
     };
-    for_each_tile<Tile, Side::queries>(args.problem, args.schedule, of_tile);
-    if (index() == 0) take_turn();  // which the last one passed
+    Base::in_turns(
+        [&] { for_each_tile<Tile, Side::queries>(args.problem, args.schedule, of_tile); });
   }
 };
 
@@ -165,7 +154,7 @@ template <class Tile>
 __device__ __forceinline__ void produce(const Arguments& args, const SharedTiles<Tile>& shared) {
   const Attention& p = args.of.problem;
   Producer<Tile> producer{shared};
-  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& keys) {
+  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& keys, int) {
     const int batch = p.cu_q ? 0 : tile.b, kv_head = tile.h / p.group();
     const auto stream = [&](int tensor, int block) {
       producer.stream(tensor, args.streamed[tensor], tile.at.first_k + block, kv_head, batch);

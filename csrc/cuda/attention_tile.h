@@ -85,6 +85,14 @@ __device__ __forceinline__ int thread_index() {
 #endif
 }
 
+// What follows from it is computed again, too.
+__device__ __forceinline__ int again(int index) {
+#ifndef CEG_CUDA_SIM
+  asm volatile("" : "+r"(index));
+#endif
+  return index;
+}
+
 // The tile of a block of threads: kTile rows of one head of one sequence, of queries or keys.
 template <int kTile>
 struct TileOf {
