@@ -59,7 +59,7 @@ struct AttentionBwd {
   Schedule of_keys, of_queries;
 };
 
-// For sm_90 alone (attention_sm90*.cu). The first two are why it cannot run these on the current
+// For sm_90 alone (attention_sm90_*.cu). The first two are why it cannot run these on the current
 // device, or "".
 std::string attention_sm90_why_not(const AttentionFwd& args);
 std::string attention_sm90_why_not(const AttentionBwd& args);
