@@ -162,19 +162,27 @@ def test_attention_multiplies_on_tensor_cores_what_asynchronous_copies_bring():
 
 
 def test_attention_for_hopper_multiplies_by_warpgroups_what_the_copy_engine_brings():
-    """wgmma, TMA, setmaxnreg; a wait that leaves a group of products running is a wait that the
-    compiler did not make serial."""
+    """wgmma, TMA, setmaxnreg; a wait that leaves a group of products running, or one wait for many
+    products, is what the compiler did not make serial."""
     if "sm_90a" not in archs():
         pytest.skip("built without sm_90a")
-    ours = [u for u in shipped() if "attention_sm90_fwd_kernel" in u.symbol and u.arch == "sm_90a"]
-    assert len(ours) == 8  # two types, two head_dims, plain logits or any
+    names = r"attention_sm90_(fwd|bwd_dkdv|bwd_dq)_kernel"
+    ours = [u for u in shipped() if re.search(names, u.symbol) and u.arch == "sm_90a"]
+    assert len(ours) == 24  # three kernels, two types, two head_dims, plain logits or any
     assert all(u.registers == 65536 // 384 // 8 * 8 for u in ours)
     bodies = machine_code(str(native._C.__file__), "sm_90a", {u.symbol for u in ours})
     for symbol, body in bodies.items():
-        of_output = "64x64x16" if "Li64E" in symbol else "64x128x16"
-        wanted = ["HGMMA.64x128x16.F32", f"HGMMA.{of_output}.F32", "WARPGROUP.DEPBAR.LE gsb0, 0x1"]
-        for instruction in (*wanted, "UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "SYNCS.PHASECHK"):
+        forward, of_keys = "_fwd_" in symbol, "_dkdv_" in symbol
+        dots, gradient = 64 if of_keys else 128, 64 if "Li64E" in symbol else 128
+        wanted = [f"HGMMA.64x{n}x16.F32" for n in (dots, gradient)]
+        wanted += ["UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "SYNCS.PHASECHK"]
+        if forward:
+            wanted += ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+        for instruction in wanted:
             assert instruction in body, f"{symbol} has no {instruction}"
+        # A wait for each of the loop's two groups, and for the one behind the loop over keys.
+        if not forward:
+            assert body.count("WARPGROUP.DEPBAR") == (2 if of_keys else 3), f"{symbol} is serial"
         assert " HMMA." not in body, f"{symbol} multiplies by warps"
 
 

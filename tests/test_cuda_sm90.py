@@ -1,4 +1,4 @@
-"""The attention forward for sm_90a without such a GPU: TMA, mbarriers and wgmma in the simulator.
+"""The attention kernels for sm_90a without such a GPU: TMA, mbarriers and wgmma in the simulator.
 
 Copies and products happen there when no thread can go on without them or, in reverse order, at
 once: see csrc/cuda/sim. Left out: speed, fences between proxies (every write is seen at once), and
@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import torch
 from numerics import as_tuple, compare
-from test_cuda_attention import DTYPES, FLAGS, bits, fits, normal, tail
+from test_cuda_attention import BOTH, DTYPES, FLAGS, bits, fits, normal, tail
 
 from ceg_kernels import OPS
 
 pytestmark = cuda_sim.needed
-SM90, SM80 = "attention_sm90_fwd_kernel", "attention_fwd_kernel"
+SM80 = {
+    "attention": ["attention_fwd_kernel"],
+    "attention_backward": ["attention_bwd_dkdv_kernel", "attention_bwd_dq_kernel"],
+}
+SM90 = {
+    op: [name.replace("attention_", "attention_sm90_") for name in names]
+    for op, names in SM80.items()
+}
 
 
 @pytest.fixture
@@ -32,83 +39,119 @@ def hopper(module):
     return become
 
 
-def expected_kernel(sample):
-    q, k, v = (a for a in sample.args[:3])
-    if max(q.shape[-1], v.shape[-1]) > 128 or k.numel() == 0:
-        return SM80
-    return SM90
+def launched(module):
+    """The kernels that visit pairs."""
+    return [k for k in module.launched() if not k.endswith(("_delta_kernel", "_dsink_kernel"))]
+
+
+def expected_kernels(op, sample):
+    q, k, v = sample.args[:3] if op == "attention" else sample.args[2:5]
+    wide = max(q.shape[-1], v.shape[-1]) > 128
+    return (SM80 if wide or k.numel() == 0 else SM90)[op]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, hopper, dtype):
-    op, run, ran = OPS["attention"], sim("attention").run, []
-    for sample in filter(fits, op.samples(dtype, "cpu")):
+@pytest.mark.parametrize("op", BOTH)
+def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, hopper, op, dtype):
+    run, ran = sim(op).run, []
+    for sample in filter(fits, OPS[op].samples(dtype, "cpu")):
+        dense = all(not isinstance(a, torch.Tensor) or a.dtype != torch.int32 for a in sample.args)
+        many = dense and sample.args[0].shape[0] >= 16  # blocks of one kind: slow, nothing new
+        if many and op == "attention_backward":
+            continue
         hopper()
         outs = as_tuple(run(*sample.args))
-        kernels = module.launched()
+        kernels = launched(module)
         if sample.args[0].numel():
-            assert kernels == [expected_kernel(sample)], sample.name
+            assert kernels[-1:] == expected_kernels(op, sample)[-1:], sample.name
             ran += kernels
-        worst = compare(op, outs, sample.args)
+        worst = compare(OPS[op], outs, sample.args)
         assert worst <= 1, f"{sample.name}: error is {worst:.2f} times what the rule allows"
-        if sample.args[3] is None and sample.args[0].shape[0] >= 16:
-            continue  # many blocks of one kind: slow, and nothing new
+        if many or dtype == torch.float16:  # who waits for whom does not depend on the type
+            continue
         hopper(order="reverse")
         for a, b in zip(outs, as_tuple(run(*sample.args)), strict=True):
             assert torch.equal(bits(a), bits(b)), f"{sample.name}: depends on the order of threads"
-    assert ran.count(SM90) > 25
+    for kernel in SM90[op]:
+        assert ran.count(kernel) > 25
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("d", [64, 128])
 def test_many_tiles_on_few_and_on_many_multiprocessors(sim, module, hopper, d, flags):
     tq, tk = 300, 470
-    q, k, v = normal(1, tq, 2, d), normal(1, tk, 1, d, seed=2), normal(1, tk, 1, d, seed=3)
+    q, dout = normal(1, tq, 2, d), normal(1, tq, 2, d, seed=1)
+    k, v = normal(1, tk, 1, d, seed=2), normal(1, tk, 1, d, seed=3)
     args = (q, k, v, *tail(tq, tk, scale=d**-0.5, **FLAGS[flags]))
-    hopper(multiprocessors=40, order="shuffled")
-    alone = sim("attention").run(*args)
-    hopper(multiprocessors=1)
-    for a, b in zip(sim("attention").run(*args), alone, strict=True):
-        assert torch.equal(bits(a), bits(b))
-    assert module.launched() == [SM90]
-    assert compare(OPS["attention"], alone, args) <= 1
+
+    def run(**options):
+        hopper(**options)
+        forward = sim("attention").run(*args)
+        backward = (dout, None, q, k, v, *forward, *args[3:])
+        return args, forward, backward, as_tuple(sim("attention_backward").run(*backward))
+
+    alone = run(multiprocessors=40, order="shuffled")
+    again = run(multiprocessors=1)
+    assert launched(module) == SM90["attention"] + SM90["attention_backward"]
+    for i, op in ((1, "attention"), (3, "attention_backward")):
+        for a, b in zip(again[i], alone[i], strict=True):
+            assert torch.equal(bits(a), bits(b))
+        assert compare(OPS[op], alone[i], alone[i - 1]) <= 1
 
 
 def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper):
     """NaN beyond the last row, beyond head_dim, and in the other sequences of a packed batch."""
-    room = torch.full((3, 300, 4, 80), torch.nan, dtype=torch.bfloat16)
-    q, k, v = (room[i, :177, 1:3, :72] for i in range(3))
-    for i, t in enumerate((q, k, v)):
+    room = torch.full((4, 300, 4, 80), torch.nan, dtype=torch.bfloat16)
+    own = [room[i, :177, 1:3, :72] for i in range(4)]
+    for i, t in enumerate(own):
         t.copy_(normal(177, 2, 72, seed=i))
-    dense = (q[None], k[None], v[None], *tail(177, 177, causal=True))
-    expected = sim("attention").run(*(t.clone() for t in dense[:3]), *dense[3:])
-    assert expected[0].isfinite().all()
-    for a, b in zip(sim("attention").run(*dense), expected, strict=True):
+    rest = tail(177, 177, causal=True)
+    run, backward = sim("attention").run, sim("attention_backward").run
+    q, k, v, dout = (t[None].clone() for t in own)
+    expected = run(q, k, v, *rest)
+    gradients = backward(dout, None, q, k, v, *expected, *rest)[:3]
+    assert all(t.isfinite().all() for t in (*expected, *gradients))
+    q, k, v, dout = (t[None] for t in own)
+    for a, b in zip(run(q, k, v, *rest), expected, strict=True):
+        assert torch.equal(a, b)
+    beside = backward(dout, None, q, k, v, *expected, *rest)[:3]
+    for a, b in zip(beside, gradients, strict=True):
         assert torch.equal(a, b)
 
     cu = torch.tensor([0, 20, 197, 300], dtype=torch.int32)
-    packed = [torch.full((300, 2, 72), torch.nan, dtype=torch.bfloat16) for _ in range(3)]
-    for t, own in zip(packed, (q, k, v), strict=True):
-        t[20:197] = own
-    out, lse = sim("attention").run(*packed, cu, cu, 177, 177, *dense[7:])
+    packed = [torch.full((300, 2, 72), torch.nan, dtype=torch.bfloat16) for _ in own]
+    for t, inside in zip(packed, own, strict=True):
+        t[20:197] = inside
+    q, k, v, dout = packed
+    out, lse = run(q, k, v, cu, cu, 177, 177, *rest[4:])
     assert torch.equal(out[20:197], expected[0][0])
     assert torch.equal(lse[:, 20:197], expected[1][0])
+    between = backward(dout, None, q, k, v, out, lse, cu, cu, 177, 177, *rest[4:])[:3]
+    for a, b in zip(between, gradients, strict=True):
+        assert torch.equal(a[20:197], b[0])
 
 
 def test_nan_goes_where_it_is_seen_and_nowhere_else(sim, hopper):
-    q, k, v = (normal(1, 200, 1, 64, seed=i) for i in range(3))
+    q, k, v, dout = (normal(1, 200, 1, 64, seed=i) for i in range(4))
     q[:, 150] = torch.nan
     k[:, 190] = torch.nan
-    out, lse = sim("attention").run(q, k, v, *tail(200, 200, causal=True))
+    args = (q, k, v, *tail(200, 200, causal=True))
+    out, lse = sim("attention").run(*args)
     wrong = torch.zeros(200, dtype=torch.bool)
     wrong[150], wrong[190:] = True, True
     assert torch.equal(lse[0, 0].isnan(), wrong)
     assert torch.equal(out[0, :, 0].isnan().any(-1), wrong)
+    # Of the backward, for whole blocks: a product with 0 is NaN.
+    dq, dk, dv, _ = sim("attention_backward").run(dout, None, q, k, v, out, lse, *args[3:])
+    assert dq[0, :128].isfinite().all()
+    assert dq[0, wrong].isnan().all()
+    assert dk[0, 191:].isnan().all()  # of query 191, which sees key 190
+    assert dv[0, 191:].isnan().all()
 
 
-def test_what_it_cannot_do_the_kernel_for_sm_80_does(sim, module, hopper):
+def test_what_it_cannot_do_the_kernels_for_sm_80_do(sim, module, hopper):
     q, k = normal(2, 20, 2, 64), normal(1, 20, 2, 64, seed=1)
-    run = sim("attention").run
+    run, backward = sim("attention").run, sim("attention_backward").run
     expanded = k.expand(2, -1, -1, -1)
     cases = {
         "needs head_dim <= 128, got 136": (90, (normal(2, 20, 1, 136),) * 3),
@@ -122,23 +165,32 @@ def test_what_it_cannot_do_the_kernel_for_sm_80_does(sim, module, hopper):
     for why, (capability, qkv) in cases.items():
         hopper(capability=capability)
         lengths = (None, None, 20, qkv[1].shape[1])
+        kernels = SM80 if why else SM90
         assert module.attention_fwd_sm90_why_not(*qkv, *lengths) == why
-        run(*qkv, *lengths, *tail(20, 20)[4:])
-        assert module.launched() == [SM80 if why else SM90], why
+        forward = run(*qkv, *lengths, *tail(20, 20)[4:])
+        assert launched(module) == kernels["attention"], why
+        assert module.attention_bwd_sm90_why_not(qkv[0], *qkv, *lengths) == why
+        backward(qkv[0], None, *qkv, *forward, *lengths, *tail(20, 20)[4:])
+        assert launched(module)[-1:] == kernels["attention_backward"][-1:], why
+
+    hopper()
+    why = module.attention_bwd_sm90_why_not(expanded, q, q, q, None, None, 20, 20)
+    assert why == "dout needs strides of a positive multiple of 16 bytes below 2^40, got 0"
 
 
 def test_address_sanitizer_is_silent():
     code = (
         "from functools import partial\nimport torch\nfrom ceg_kernels import OPS, native\n"
         "sim.set_device(capability=90, shared_limit=227 << 10)\n"
-        "run = partial(OPS['attention'].backend('cuda').run.func, launch=native.Cuda(sim))\n"
-        "for s in OPS['attention'].samples(torch.bfloat16, 'cpu'):\n"
-        "    if s.name in ('gqa 4/2 D80', 'causal 257', 'varlen everything', 'packed qkv'):\n"
-        "        run(*s.args); print(*sim.launched())\n"
+        "for op in ('attention', 'attention_backward'):\n"
+        "    run = partial(OPS[op].backend('cuda').run.func, launch=native.Cuda(sim))\n"
+        "    for s in OPS[op].samples(torch.bfloat16, 'cpu'):\n"
+        "        if s.name in ('gqa 4/2 D80', 'causal 257', 'varlen everything', 'packed qkv'):\n"
+        "            run(*s.args); print(*sim.launched()[-1:])\n"
     )
     done = cuda_sim.run_under_asan(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [SM90] * 4
+    assert done.stdout.split() == [SM90[op][-1] for op in BOTH for _ in range(4)]
 
 
 # Index arithmetic.

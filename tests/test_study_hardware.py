@@ -214,7 +214,10 @@ def specs_of(arms, backend_of):
 
 
 def test_a_rate_comes_from_runs_on_the_arms_own_kernels_only():
-    clocks = {"baseline": [1.0, 2.0, 3.0, 4.0, 5.0], "flash_attention": [0.5, 1.0, 1.5, 2.1, 2.5]}
+    clocks = {
+        "baseline": np.array([1.0, 2.0, 3.0, 4.0, 5.0]),
+        "flash_attention": np.array([0.5, 1.0, 1.5, 2.1, 2.5]),
+    }
     own = list(specs_of(clocks, lambda arm: backends_of(arm, OURS)))
     found = rates(PLAN, own, clocks, OURS)
     rate = found["S", "flash_attention"]

@@ -3,6 +3,7 @@
 
 #include "../attention_inputs.h"
 #include "../check.h"
+#include "attention_sm90_launch.h"
 #include "launch.h"
 
 namespace ceg::cuda {
@@ -109,20 +110,66 @@ Schedule schedule_of(const Attention& p, bool of_queries) {
   return {0, kv_heads * p.group(), section_of(kv_heads, row * p.max_k) * p.group()};
 }
 
-// All but what is written.
-AttentionFwd forward_of(const AttentionInputs& in) {
-  AttentionFwd args = {};
+// What the forward and the backward read.
+template <class Args>
+Args reading(const AttentionInputs& in) {
+  Args args = {};
   args.problem = problem_of(in);
   args.q = view_of(in.q, in.varlen());
   args.k = view_of(in.k, in.varlen());
   args.v = view_of(in.v, in.varlen());
   args.q_rows = static_cast<int>(in.q.shape[in.head_axis() - 1]);
   args.k_rows = static_cast<int>(in.k.shape[in.head_axis() - 1]);
+  return args;
+}
+
+AttentionFwd forward_of(const AttentionInputs& in) {
+  AttentionFwd args = reading<AttentionFwd>(in);
   args.schedule = schedule_of(args.problem, true);
   return args;
 }
 
+AttentionBwd backward_of(const AttentionInputs& in, const Tensor& dout) {
+  AttentionBwd args = reading<AttentionBwd>(in);
+  args.dout = view_of(dout, in.varlen());
+  args.of_keys = schedule_of(args.problem, false);
+  args.of_queries = schedule_of(args.problem, true);
+  return args;
+}
+
+struct Named {
+  const char* name;
+  const TensorOfRows& rows;
+};
+
+std::string sm90_why_not(const Attention& p, std::initializer_list<Named> mapped) {
+  const int width = most(p.head_dim, p.value_dim);
+  if (width > kWidestSm90) {
+    return "needs head_dim <= " + std::to_string(kWidestSm90) + ", got " + std::to_string(width);
+  }
+#if !defined(CEG_HAS_SM90A) && !defined(CEG_CUDA_SIM)
+  return "needs a build for sm_90a";
+#endif
+  const int capability = compute_capability();
+  if (capability != 90) return "needs sm_90, got sm_" + std::to_string(capability);
+  for (const auto& [name, rows] : mapped) {
+    if (std::string why = tensor_map_why_not(name, rows); !why.empty()) return why;
+  }
+  return "";
+}
+
 }  // namespace
+
+std::string attention_sm90_why_not(const AttentionFwd& args) {
+  const MappedRows rows(args);
+  return sm90_why_not(args.problem, {{"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
+}
+
+std::string attention_sm90_why_not(const AttentionBwd& args) {
+  const MappedRows rows(args);
+  const TensorOfRows dout = rows_of_dout(args);
+  return sm90_why_not(args.problem, {{"dout", dout}, {"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
+}
 
 std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
@@ -133,6 +180,20 @@ std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const T
   check(in);
   const OnDevice guard(q.device);
   return attention_sm90_why_not(forward_of(in));
+}
+
+std::string attention_bwd_sm90_why_not(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                       const Tensor& v, const Optional& cu_seqlens_q,
+                                       const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                                       int64_t max_seqlen_k) {
+  const Optional none;
+  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                              none, none, 1, false,        -1,           -1,           0};
+  check(in);
+  in.check_out_like("dout", dout);
+  check_aligned("dout", dout);
+  const OnDevice guard(q.device);
+  return attention_sm90_why_not(backward_of(in, dout));
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
@@ -208,16 +269,10 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
     CEG_CHECK(dsink->shape[0] <= 1 || dsink->stride[0] == 1, "dsink must be dense, got stride ",
               dsink->stride[0]);
   }
-  const int64_t rows = in.varlen() ? q.shape[0] : q.shape[1];
 
   const OnDevice guard(q.device);
   const bool varlen = in.varlen();
-  AttentionBwd args = {};
-  args.problem = problem_of(in);
-  args.dout = view_of(dout, varlen);
-  args.q = view_of(q, varlen);
-  args.k = view_of(k, varlen);
-  args.v = view_of(v, varlen);
+  AttentionBwd args = backward_of(in, dout);
   args.out = view_of(out, varlen);
   args.dq = view_of(dq, varlen);
   args.dk = view_of(dk, varlen);
@@ -225,16 +280,14 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
   args.lse = row_view_of(lse, varlen);
   args.delta = row_view_of(delta, varlen);
   if (dlse) args.dlse = row_view_of(*dlse, varlen);
-  args.rows = static_cast<int>(rows);
-  args.of_keys = schedule_of(args.problem, false);
-  args.of_queries = schedule_of(args.problem, true);
   attention_delta(args, q.dtype, stream);
   if (dsink) {
     args.dsink = dsink->ptr<float>();
     attention_dsink(args, stream);
   }
-  attention_sm80_dkdv(args, q.dtype, stream);
-  attention_sm80_dq(args, q.dtype, stream);
+  const bool on_sm90 = attention_sm90_why_not(args).empty();
+  (on_sm90 ? attention_sm90_dkdv : attention_sm80_dkdv)(args, q.dtype, stream);
+  (on_sm90 ? attention_sm90_dq : attention_sm80_dq)(args, q.dtype, stream);
 }
 
 }  // namespace ceg::cuda

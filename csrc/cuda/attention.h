@@ -54,15 +54,18 @@ struct AttentionFwd {
 struct AttentionBwd {
   Attention problem;
   View dout, q, k, v, out, lse, dlse, delta, dq, dk, dv;
-  float* dsink;  // (H,), dense, or null
-  int rows;      // of all sequences where they are packed, else of one
+  float* dsink;        // (H,), dense, or null
+  int q_rows, k_rows;  // of all sequences where they are packed, else of one
   Schedule of_keys, of_queries;
 };
 
-// For sm_90 alone (attention_sm90_fwd.cu). The first is why it cannot run these on the current
+// For sm_90 alone (attention_sm90_*.cu). The first two are why it cannot run these on the current
 // device, or "".
 std::string attention_sm90_why_not(const AttentionFwd& args);
+std::string attention_sm90_why_not(const AttentionBwd& args);
 void attention_sm90_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
+void attention_sm90_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
+void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream);
 // Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
@@ -82,6 +85,12 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
 // Why the forward of these runs the kernel for sm_80 on their GPU and not that for sm_90, or "".
 std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const std::optional<Tensor>& cu_seqlens_q,
+                                       const std::optional<Tensor>& cu_seqlens_k,
+                                       int64_t max_seqlen_q, int64_t max_seqlen_k);
+
+// The same of the backward.
+std::string attention_bwd_sm90_why_not(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                       const Tensor& v, const std::optional<Tensor>& cu_seqlens_q,
                                        const std::optional<Tensor>& cu_seqlens_k,
                                        int64_t max_seqlen_q, int64_t max_seqlen_k);
 

@@ -8,11 +8,6 @@ namespace ceg::cuda {
 // A row that sees nothing has -inf, where +inf makes its probabilities 0 instead of NaN.
 __device__ __forceinline__ float finite_or_blind(float lse) { return lse == -kInf ? kInf : lse; }
 
-// How the rows of a tile meet the columns: see partners().
-struct Meeting {
-  int offset, before, after, count;
-};
-
 // Scores s become probabilities, dp (dout.v) gradients of scores: p (dp - delta). `statistics(m, n,
 // i)` are lse and delta of an element's query. A warp's rows start at first_row, columns at
 // first_column.
@@ -53,6 +48,42 @@ __device__ __forceinline__ void differentiate(float (&s)[kRows][kBlocks][4],
           if constexpr (!kPlain) dp[m][n][i] *= 1 - tanh * tanh;
         }
       }
+    }
+  }
+}
+
+// A row of dS sums to 0 and a rounded one does not: in dQ, what all keys have in common would come
+// back times the difference. So one key is given what rounding has lost of each row.
+template <class T, int kRows, int kBlocks>
+__device__ __forceinline__ void add_lost(float (&lost)[kRows][2],
+                                         const float (&exact)[kRows][kBlocks][4],
+                                         const uint32_t (&rounded)[kRows][kBlocks / 2][4]) {
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 kept = unpack<T>(rounded[m][n / 2][n % 2 * 2 + half]);
+        lost[m][half] += (exact[m][n][2 * half] - kept.x) + (exact[m][n][2 * half + 1] - kept.y);
+      }
+    }
+  }
+}
+
+// As an operand with 16 keys, of which it is the first.
+template <class T, int kRows>
+__device__ __forceinline__ void to_operand_of_one(uint32_t (&operand)[kRows][1][4],
+                                                  const float (&lost)[kRows][2]) {
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    operand[m][0][2] = operand[m][0][3] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float all = lost[m][half];
+      all += __shfl_xor_sync(kFullWarp, all, 1);
+      all += __shfl_xor_sync(kFullWarp, all, 2);
+      operand[m][0][half] = thread_index() % 4 == 0 ? pack<T>(all, 0) : 0;
     }
   }
 }

@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kThreads)
   const bool there = index < rows;
   const int64_t position = (there ? index : 0) / args.problem.heads;
   const int h = static_cast<int>((there ? index : 0) % args.problem.heads);
-  const int b = static_cast<int>(position / args.rows);
-  const int64_t t = position % args.rows;
+  const int b = static_cast<int>(position / args.q_rows);
+  const int64_t t = position % args.q_rows;
 
   // Load and sum.
   const T* const dout = rows_of<const T>(args.dout, b, t, h);
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(kThreads)
   const float sink = args.problem.sink[h * args.problem.sink_head];
   float sum = 0;
   for (int64_t i = thread; i < positions; i += kThreads) {
-    const int b = static_cast<int>(i / args.rows);
-    const float lse = *rows_of<const float>(args.lse, b, i % args.rows, h);
-    const float delta = *rows_of<const float>(args.delta, b, i % args.rows, h);
+    const int b = static_cast<int>(i / args.q_rows);
+    const float lse = *rows_of<const float>(args.lse, b, i % args.q_rows, h);
+    const float delta = *rows_of<const float>(args.delta, b, i % args.q_rows, h);
     sum -= exp2_fast((sink - lse) * kLog2e) * delta;
   }
   struct Sums {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int64_t positions(const AttentionBwd& args) {
-  return args.problem.cu_q ? args.rows : int64_t{args.problem.batch} * args.rows;
+  return args.problem.cu_q ? args.q_rows : int64_t{args.problem.batch} * args.q_rows;
 }
 
 }  // namespace

@@ -47,11 +47,9 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, KeyTile<kD, kPl
   const int row = row_now();
   const int last = least(first + kN, at.n_k) - 1;
   const int warp_last = least(first + row + 16 * kRows, at.n_k) - 1;
-  const Meeting meeting = {-at.shift(), p.right, p.left, at.n_q};
-  const Partners queries =
-      partners<kM>(first, last, meeting.offset, meeting.before, meeting.after, meeting.count);
-  const Partners own = partners<kM>(first + row, warp_last, meeting.offset, meeting.before,
-                                    meeting.after, meeting.count);
+  const Meeting meeting = Meeting::of<Side::keys>(p, at);
+  const Partners queries = meeting.partners<kM>(first, last);
+  const Partners own = meeting.partners<kM>(first + row, warp_last);
   // Without keys of its own a warp starts beyond all queries. Blocks that it has no pair with at
   // the other end are masked whole.
   const int own_start = first + row <= warp_last ? own.start : queries.stop;

@@ -38,11 +38,9 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads,
   const int row = row_now();
   const int last = least(first + kM, at.n_q) - 1;
   const int warp_last = least(first + row + 16 * kRows, at.n_q) - 1;
-  const Meeting meeting = {at.shift(), p.left, p.right, at.n_k};
-  const Partners keys =
-      partners<kN>(first, last, meeting.offset, meeting.before, meeting.after, meeting.count);
-  const Partners own = partners<kN>(first + row, warp_last, meeting.offset, meeting.before,
-                                    meeting.after, meeting.count);
+  const Meeting meeting = Meeting::of<Side::queries>(p, at);
+  const Partners keys = meeting.partners<kN>(first, last);
+  const Partners own = meeting.partners<kN>(first + row, warp_last);
   const int own_stop = first + row <= warp_last ? own.stop : 0;
 
   // Load: Q and dout, which stay, with the first block of keys.
@@ -105,38 +103,17 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads,
       // dQ.
       uint32_t ds[kRows][kN / 16][4];
       to_operand<T>(ds, dp);
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float2 kept = unpack<T>(ds[m][n / 2][n % 2 * 2 + half]);
-            lost[m][half] += (dp[m][n][2 * half] - kept.x) + (dp[m][n][2 * half + 1] - kept.y);
-          }
-        }
-      }
+      add_lost<T>(lost, dp, ds);
       product<T, kD, kRows, kN / 16, kD>(dq, ds, k_tile, 0);
     }
     buffer = other;
   }
 
-  // A row of dS sums to 0 and a rounded one does not: what all keys have in common would come back
-  // times the difference. So the first key of the last block is given what rounding has lost.
+  // What rounding has lost, to the first key of the last block.
   if (keys.start < keys.stop) {
     const SharedAddress k_tile = buffer == buffers ? buffers + Tile::kBufferBytes : buffers;
-    uint32_t operand[kRows][1][4] = {};
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float all = lost[m][half];
-        all += __shfl_xor_sync(kFullWarp, all, 1);
-        all += __shfl_xor_sync(kFullWarp, all, 2);
-        // Of the operand's 16 columns this is the first; lanes that have it have lane % 4 == 0.
-        if (thread_index() % 4 == 0) operand[m][0][half] = pack<T>(all, 0);
-      }
-    }
+    uint32_t operand[kRows][1][4];
+    to_operand_of_one<T>(operand, lost);
     product<T, kD, kRows, 1, kD>(dq, operand, k_tile, 0);
   }
 

@@ -1,37 +1,43 @@
-// What the sm_90a attention forward shares between the warpgroup that brings tiles and those that
-// read them: shapes, shared memory, the order of tiles; and the former.
+// What the sm_90a attention kernels share: a warp that brings tiles, warpgroups that read them, the
+// shared memory between both, and the order of tiles.
+//   A block of threads takes tile after tile of kRows rows of one head: queries, or keys for their
+//   gradients. What it holds of them (Q, K and V, Q and dout) stays while blocks of kBlock rows of
+//   the other side stream by (K and V, Q and dout). Each consumer has 64 of the rows.
 #pragma once
 
 #include "attention_tile.h"
 #include "tma.h"
 #include "warpgroup.h"
+#include "wgmma.h"
 
 namespace ceg::cuda {
 
-struct AttentionSm90 {
-  AttentionFwd fwd;
-  TensorMap q, k, v;
+template <class Problem, int kHeld>
+struct Sm90Arguments {
+  Problem of;
+  TensorMap held[kHeld], streamed[2];
 };
 
-// Chosen with the compiler's report, measured on no GPU.
-template <int kHead, bool kPlain>
+// kRowBytes: beside each row that streams by lies so much more, which the producer writes.
+template <int kHead, int kBlockRows, int kHeldTensors, int kRingStages, int kRowBytes = 0>
 struct Sm90Tile {
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kM = 64 * kConsumers, kN = 128;
-  static constexpr int kStages = 2;
+  static constexpr int kRows = 64 * kConsumers, kBlock = kBlockRows;
+  static constexpr int kHeld = kHeldTensors, kStages = kRingStages;
   // Of a thread: at the start each has 65536 / kThreads, rounded down to a multiple of 8.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536);
 
-  using Queries = Panels<64, kHead>;  // of a warpgroup
-  using Keys = Panels<kN, kHead>;     // and values
-  static_assert(Queries::kBytes % Queries::kAlignment == 0 && Keys::kBytes % Keys::kAlignment == 0);
+  using Own = Panels<64, kHead>;  // of a consumer
+  using Block = Panels<kBlock, kHead>;
+  static_assert(Own::kBytes % Own::kAlignment == 0 && Block::kBytes % Block::kAlignment == 0);
 
   // Shared memory, in bytes.
-  static constexpr int kKeys = kConsumers * Queries::kBytes;
-  static constexpr int kValues = kKeys + kStages * Keys::kBytes;
-  static constexpr int kBarriers = kValues + kStages * Keys::kBytes;
+  static constexpr int kStreamed = kHeld * kConsumers * Own::kBytes;
+  static constexpr int kBeside = kStreamed + 2 * kStages * Block::kBytes;
+  static constexpr int kBesideBytes = kBlock * kRowBytes;
+  static constexpr int kBarriers = kBeside + kStages * kBesideBytes;
   static constexpr int kSharedBytes =
       kBarriers + (2 + 4 * kStages) * static_cast<int>(sizeof(Mbarrier));
   static_assert(kSharedBytes <= 227 << 10, "sm_90 has no more");
@@ -45,28 +51,22 @@ struct SharedTiles {
 
   __device__ __forceinline__ SharedTiles() : base(shared_address(dynamic_shared_memory())) {}
 
-  __device__ __forceinline__ SharedAddress q(int consumer) const {
-    return base + consumer * Tile::Queries::kBytes;
+  __device__ __forceinline__ SharedAddress held(int tensor, int consumer) const {
+    return base + (tensor * Tile::kConsumers + consumer) * Tile::Own::kBytes;
   }
-  __device__ __forceinline__ SharedAddress k(int stage) const {
-    return base + Tile::kKeys + stage * Tile::Keys::kBytes;
+  __device__ __forceinline__ SharedAddress streamed(int tensor, int stage) const {
+    return base + Tile::kStreamed + (tensor * Tile::kStages + stage) * Tile::Block::kBytes;
   }
-  __device__ __forceinline__ SharedAddress v(int stage) const {
-    return base + Tile::kValues + stage * Tile::Keys::kBytes;
+  __device__ __forceinline__ SharedAddress beside(int stage) const {
+    return base + Tile::kBeside + stage * Tile::kBesideBytes;
   }
-  __device__ __forceinline__ SharedAddress q_full() const { return barrier(0); }
-  __device__ __forceinline__ SharedAddress q_empty() const { return barrier(1); }
-  __device__ __forceinline__ SharedAddress k_full(int stage) const {
-    return barrier(2 + 4 * stage);
+  __device__ __forceinline__ SharedAddress held_full() const { return barrier(0); }
+  __device__ __forceinline__ SharedAddress held_empty() const { return barrier(1); }
+  __device__ __forceinline__ SharedAddress full(int tensor, int stage) const {
+    return barrier(2 + 2 * (tensor * Tile::kStages + stage));
   }
-  __device__ __forceinline__ SharedAddress k_empty(int stage) const {
-    return barrier(3 + 4 * stage);
-  }
-  __device__ __forceinline__ SharedAddress v_full(int stage) const {
-    return barrier(4 + 4 * stage);
-  }
-  __device__ __forceinline__ SharedAddress v_empty(int stage) const {
-    return barrier(5 + 4 * stage);
+  __device__ __forceinline__ SharedAddress empty(int tensor, int stage) const {
+    return barrier(3 + 2 * (tensor * Tile::kStages + stage));
   }
 
   __device__ __forceinline__ void init_barriers() const {
@@ -74,11 +74,8 @@ struct SharedTiles {
       mbarrier_init(full, 1);
       mbarrier_init(empty, Tile::kConsumers * kWarpgroup / kWarp);
     };
-    init(q_full(), q_empty());
-    for (int stage = 0; stage < Tile::kStages; ++stage) {
-      init(k_full(stage), k_empty(stage));
-      init(v_full(stage), v_empty(stage));
-    }
+    init(held_full(), held_empty());
+    for (int i = 0; i < 2 * Tile::kStages; ++i) init(full(0, i), empty(0, i));
     mbarrier_init_fence();
   }
 
@@ -88,68 +85,206 @@ struct SharedTiles {
   }
 };
 
-// f(tile, keys) for each tile of this block, the producer's and the consumers' loop.
-template <class Tile, class F>
-__device__ __forceinline__ void for_each_tile(const AttentionFwd& args, F f) {
-  const Attention& p = args.problem;
-  const int blocks = static_cast<int>(args.schedule.blocks());
+template <class Tile, Side kSide>
+__device__ __forceinline__ TileOf<Tile::kRows> tile_of(const Attention& p, const Schedule& schedule,
+                                                       int block) {
+  constexpr bool kOfQueries = kSide == Side::queries;
+  return {p, kOfQueries ? p.heads : p.kv_heads, schedule.place(block, kOfQueries)};
+}
+
+// f(tile, partners, block) for each tile of this block of threads, the producer's and the
+// consumers' loop.
+template <class Tile, Side kSide, class F>
+__device__ __forceinline__ void for_each_tile(const Attention& p, const Schedule& schedule, F f) {
+  const int blocks = static_cast<int>(schedule.blocks());
   for (int block = block_index(); block < blocks; block += static_cast<int>(gridDim.x)) {
-    const TileOf<Tile::kM> tile(p, p.heads, args.schedule.place(block, true));
-    if (tile.first >= tile.at.n_q) continue;
-    const int last = least(tile.first + Tile::kM, tile.at.n_q) - 1;
-    f(tile, partners<Tile::kN>(tile.first, last, tile.at.shift(), p.left, p.right, tile.at.n_k));
+    const TileOf<Tile::kRows> tile = tile_of<Tile, kSide>(p, schedule, block);
+    const int count = kSide == Side::queries ? tile.at.n_q : tile.at.n_k;
+    if (tile.first >= count) continue;
+    const int last = least(tile.first + Tile::kRows, count) - 1;
+    f(tile, Meeting::of<kSide>(p, tile.at).template partners<Tile::kBlock>(tile.first, last),
+      block);
   }
 }
 
-// One thread: fills what the consumers have emptied.
+// A warp that fills what the consumers have emptied.
 template <class Tile>
-__device__ __forceinline__ void produce(const AttentionSm90& args,
-                                        const SharedTiles<Tile>& shared) {
-  const Attention& p = args.fwd.problem;
-  RingPlace<1> q_place;
-  RingPlace<Tile::kStages> k_place, v_place;
-  for_each_tile<Tile>(args.fwd, [&](const TileOf<Tile::kM>& tile, const Partners& keys) {
-    const int batch = p.cu_q ? 0 : tile.b;
-    const auto load = [&](const TensorMap& map, SharedAddress to, SharedAddress full, auto panels,
-                          int row, int head) {
-      using Panels = decltype(panels);
-#pragma unroll
-      for (int i = 0; i < Panels::kCount; ++i) {
-        tma_load(to + i * Panels::kPanelBytes, map, full, i * kBoxColumns, row, head, batch);
-      }
-    };
-    const auto load_keys = [&](const TensorMap& map, auto& place, SharedAddress to,
-                               SharedAddress full, SharedAddress empty, int block) {
-      mbarrier_wait(empty, place.parity ^ 1);
-      mbarrier_arrive_expect_tx(full, Tile::Keys::kBytes);
-      load(map, to, full, typename Tile::Keys(), tile.at.first_k + block, tile.h / p.group());
-      place.advance();
-    };
-    const auto load_k = [&](int block) {
-      const int stage = k_place.stage;
-      load_keys(args.k, k_place, shared.k(stage), shared.k_full(stage), shared.k_empty(stage),
-                block);
-    };
-    const auto load_v = [&](int block) {
-      const int stage = v_place.stage;
-      load_keys(args.v, v_place, shared.v(stage), shared.v_full(stage), shared.v_empty(stage),
-                block);
-    };
+struct Producer {
+  const SharedTiles<Tile>& shared;
+  RingPlace<1> held_place = {};
+  RingPlace<Tile::kStages> place[2] = {};
 
-    // Keys first: they find room while the tile before still keeps Q's place.
-    if (keys.start < keys.stop) load_k(keys.start);
-    mbarrier_wait(shared.q_empty(), q_place.parity ^ 1);
-    mbarrier_arrive_expect_tx(shared.q_full(), Tile::kConsumers * Tile::Queries::kBytes);
-    for (int i = 0; i < Tile::kConsumers; ++i) {
-      load(args.q, shared.q(i), shared.q_full(), typename Tile::Queries(),
-           tile.at.first_q + tile.first + 64 * i, tile.h);
+  static __device__ __forceinline__ bool leads() { return thread_index() % kWarp == 0; }
+
+  template <class Panels>
+  static __device__ __forceinline__ void load(const TensorMap& map, SharedAddress to,
+                                              SharedAddress full, int row, int head, int batch) {
+#pragma unroll
+    for (int i = 0; i < Panels::kCount; ++i) {
+      tma_load(to + i * Panels::kPanelBytes, map, full, i * kBoxColumns, row, head, batch);
     }
-    q_place.advance();
-    for (int block = keys.start; block < keys.stop; block += Tile::kN) {
-      if (block + Tile::kN < keys.stop) load_k(block + Tile::kN);
-      load_v(block);
+  }
+
+  // What stays, from `row` on.
+  __device__ __forceinline__ void hold(const TensorMap (&maps)[Tile::kHeld], int row, int head,
+                                       int batch) {
+    mbarrier_wait(shared.held_empty(), held_place.parity ^ 1);
+    if (leads()) {
+      mbarrier_arrive_expect_tx(shared.held_full(), Tile::kStreamed);
+#pragma unroll
+      for (int i = 0; i < Tile::kHeld; ++i) {
+        for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
+          load<typename Tile::Own>(maps[i], shared.held(i, consumer), shared.held_full(),
+                                   row + 64 * consumer, head, batch);
+        }
+      }
     }
-  });
+    held_place.advance();
+  }
+
+  // The next block of what streams by: once there is room, from `row` on.
+  __device__ __forceinline__ void wait_for_room(int tensor) const {
+    mbarrier_wait(shared.empty(tensor, place[tensor].stage), place[tensor].parity ^ 1);
+  }
+  __device__ __forceinline__ void fill(int tensor, const TensorMap& map, int row, int head,
+                                       int batch) {
+    if (leads()) {
+      const SharedAddress full = shared.full(tensor, place[tensor].stage);
+      mbarrier_arrive_expect_tx(full, Tile::Block::kBytes);
+      load<typename Tile::Block>(map, shared.streamed(tensor, place[tensor].stage), full, row, head,
+                                 batch);
+    }
+    place[tensor].advance();
+  }
+  __device__ __forceinline__ void stream(int tensor, const TensorMap& map, int row, int head,
+                                         int batch) {
+    wait_for_room(tensor);
+    fill(tensor, map, row, head, batch);
+  }
+};
+
+// Where a consumer is in what it reads, and what its warps do together.
+template <class Tile>
+struct Reader {
+  // Named barriers, of each kind one for each consumer; 0 is __syncthreads'.
+  static constexpr int kBarrier = 1, kTurnBarrier = 1 + Tile::kConsumers;
+
+  const SharedTiles<Tile>& shared;
+  RingPlace<1> held_place = {};
+  RingPlace<Tile::kStages> place[2] = {};
+
+  // Which of the consumers, and the warp's first row among the tile's and among the consumer's.
+  static __device__ __forceinline__ int index() { return thread_index() / kWarpgroup - 1; }
+  static __device__ __forceinline__ int warp_row() { return thread_index() / kWarp * 16 - 4 * 16; }
+  static __device__ __forceinline__ int own_row() { return warp_row() % 64; }
+
+  static __device__ __forceinline__ void meet() {
+    named_barrier_sync(kBarrier + index(), kWarpgroup);
+  }
+
+  // Consumers issue their products in turns: while those run, another has its exponentials. A turn
+  // begins with the first consumer and is passed as often as it is taken.
+  static __device__ __forceinline__ void take_turn() {
+    named_barrier_sync(kTurnBarrier + index(), 2 * kWarpgroup);
+  }
+  static __device__ __forceinline__ void pass_turn() {
+    named_barrier_arrive(kTurnBarrier + (index() + 1) % Tile::kConsumers, 2 * kWarpgroup);
+  }
+  template <class F>
+  static __device__ __forceinline__ void in_turns(F f) {
+    if (index() == Tile::kConsumers - 1) pass_turn();
+    f();
+    if (index() == 0) take_turn();  // which the last one passed
+  }
+
+  // The warp is done with a tile that the producer may overwrite.
+  static __device__ __forceinline__ void give_back(SharedAddress empty) {
+    __syncwarp();
+    if (thread_index() % kWarp == 0) mbarrier_arrive(empty);
+  }
+
+  __device__ __forceinline__ SharedAddress held(int tensor) const {
+    return shared.held(tensor, index());
+  }
+  __device__ __forceinline__ void wait_for_held() {
+    mbarrier_wait(shared.held_full(), held_place.parity);
+    held_place.advance();
+  }
+  // What the warp has written there is out.
+  __device__ __forceinline__ void release_held() const {
+    async_proxy_fence();
+    give_back(shared.held_empty());
+  }
+
+  __device__ __forceinline__ SharedAddress streamed(int tensor) const {
+    return shared.streamed(tensor, place[tensor].stage);
+  }
+  __device__ __forceinline__ void wait_for(int tensor) const {
+    mbarrier_wait(shared.full(tensor, place[tensor].stage), place[tensor].parity);
+  }
+  __device__ __forceinline__ void release(int tensor) {
+    give_back(shared.empty(tensor, place[tensor].stage));
+    place[tensor].advance();
+  }
+
+  // Rows from `first` on of what streams by become zeros: a stranger's NaN times a weight of 0 is
+  // NaN. Each consumer does it for itself.
+  template <class... Tensors>
+  __device__ __forceinline__ void clear_rows(int first, Tensors... tensors) const {
+    using Block = typename Tile::Block;
+    constexpr int kChunks = Block::kCount * 8;
+    const int thread = thread_index() % kWarpgroup;
+    for (int i = first * kChunks + thread; i < Block::kRows * kChunks; i += kWarpgroup) {
+      const int offset = Block::offset(i / kChunks, i % kChunks);
+      ((*shared_pointer<uint4>(streamed(tensors) + offset) = make_uint4(0, 0, 0, 0)), ...);
+    }
+    async_proxy_fence();
+    meet();
+  }
+};
+
+// A kernel: produce(shared) is the first warp's part, consume(shared) that of the consumers.
+template <class Tile, class Arguments, class Produce, class Consume>
+__device__ __forceinline__ void run_roles(const Arguments& args, Produce produce, Consume consume) {
+  const SharedTiles<Tile> shared;
+  if (threadIdx.x == 0) {
+    for (const TensorMap& map : args.held) tma_prefetch(map);
+    for (const TensorMap& map : args.streamed) tma_prefetch(map);
+    shared.init_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<Tile::kProducerRegisters>();
+    if (threadIdx.x < kWarp) produce(shared);
+  } else {
+    take_registers<Tile::kConsumerRegisters>();
+    consume(shared);
+  }
+}
+
+// Products that run beside what follows, until wgmma_wait: s = A B^T of a consumer's rows of tile A
+// and all of tile B; acc += A B of an operand in registers and tile B.
+template <class T, class A, class B, int kBlocks>
+__device__ __forceinline__ void issue_product_of_rows(float (&s)[kBlocks][4], SharedAddress a_tile,
+                                                      SharedAddress b_tile) {
+  static_assert(A::kCount == B::kCount && B::kRows == 8 * kBlocks);
+  const uint64_t a = operand_of_rows<A>(descriptor_address(a_tile));
+  const uint64_t b = operand_of_rows<B>(descriptor_address(b_tile));
+#pragma unroll
+  for (int step = 0; step < 4 * A::kCount; ++step) {
+    wgmma<T>(s, step_of_rows<A>(a, step), step_of_rows<B>(b, step), step > 0);
+  }
+}
+template <class T, class B, int kBlocks, int kSteps>
+__device__ __forceinline__ void issue_product(float (&acc)[kBlocks][4],
+                                              const uint32_t (&a)[kSteps][4],
+                                              SharedAddress b_tile) {
+  static_assert(B::kCount * 8 == kBlocks && B::kRows >= 16 * kSteps);
+  const uint64_t b = operand_of_columns<B>(descriptor_address(b_tile));
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma<T>(acc, a[step], step_of_columns<B>(b, step), true);
+  }
 }
 
 }  // namespace ceg::cuda

@@ -5,108 +5,58 @@
 // and keeps scores, probabilities and output in registers. The output of a block is summed while
 // the next one is in its softmax, and warpgroups take turns at the tensor cores, so that one
 // multiplies while another is in its softmax (Shah et al. 2024, arXiv 2407.08608).
-#include "attention_launch.h"
 #include "attention_sm90.h"
+#include "attention_sm90_launch.h"
 #include "attention_softmax.h"
-#include "wgmma.h"
 
 namespace ceg::cuda {
 
 namespace {
 
-// Rows of a tile of values from `first` on become zeros: a stranger's NaN times a weight of 0 is
-// NaN.
-template <class Values>
-__device__ __forceinline__ void clear_rows(SharedAddress tile, int first, int barrier) {
-  constexpr int kChunks = Values::kCount * 8;
-  const int thread = thread_index() % kWarpgroup;
-  for (int i = first * kChunks + thread; i < Values::kRows * kChunks; i += kWarpgroup) {
-    *shared_pointer<uint4>(tile + Values::offset(i / kChunks, i % kChunks)) =
-        make_uint4(0, 0, 0, 0);
-  }
-  async_proxy_fence();
-  named_barrier_sync(barrier, kWarpgroup);
-}
+constexpr int kKeys = 0, kValues = 1;  // what streams by
+using Arguments = Sm90Arguments<AttentionFwd, 1>;
 
-// What a consumer does with a tile of 64 queries.
+// Chosen with the compiler's report, measured on no GPU.
+template <int kD, bool kPlain>
+using ForwardTile = Sm90Tile<kD, 128, 1, 2>;
+
+// What a consumer does with its 64 queries of a tile.
 template <class T, int kD, bool kPlain>
-struct Consumer {
-  using Tile = Sm90Tile<kD, kPlain>;
-  using Queries = typename Tile::Queries;
-  using Keys = typename Tile::Keys;
-  static constexpr int kN = Tile::kN;
+struct Consumer : Reader<ForwardTile<kD, kPlain>> {
+  using Tile = ForwardTile<kD, kPlain>;
+  using Base = Reader<Tile>;
+  using Base::index, Base::warp_row, Base::held, Base::streamed, Base::wait_for, Base::release;
+  using Own = typename Tile::Own;
+  using Block = typename Tile::Block;
+  using Queries = TileOf<Tile::kRows>;
+  static constexpr int kN = Tile::kBlock;
   using Softmax = OnlineSoftmax<std::is_same_v<T, bf16>, 1, kN / 8>;
   using Scores = float[1][kN / 8][4];
   using Weights = uint32_t[1][kN / 16][4];
   using Output = float[1][kD / 8][4];
-  // Named barriers, one for each consumer; 0 is __syncthreads'.
-  static constexpr int kWarpgroupBarrier = 1, kTurnBarrier = 1 + Tile::kConsumers;
 
   const AttentionFwd& args;
-  const SharedTiles<Tile>& shared;
-  RingPlace<1> q_place = {};
-  RingPlace<Tile::kStages> k_place = {}, v_place = {};
 
-  // Which of the consumers, and the warp's first row among the tile's.
-  static __device__ __forceinline__ int index() { return thread_index() / kWarpgroup - 1; }
-  static __device__ __forceinline__ int warp_row() { return thread_index() / kWarp * 16 - 4 * 16; }
-
-  // In turns warpgroups issue their products: while those run, another has its softmax.
-  static __device__ __forceinline__ void take_turn() {
-    named_barrier_sync(kTurnBarrier + index(), 2 * kWarpgroup);
-  }
-  static __device__ __forceinline__ void pass_turn() {
-    named_barrier_arrive(kTurnBarrier + (index() + 1) % Tile::kConsumers, 2 * kWarpgroup);
-  }
-
-  // The warp is done with a tile that the producer may overwrite.
-  static __device__ __forceinline__ void release(SharedAddress empty) {
-    __syncwarp();
-    if (thread_index() % kWarp == 0) mbarrier_arrive(empty);
-  }
+  __device__ __forceinline__ Consumer(const SharedTiles<Tile>& shared, const AttentionFwd& args)
+      : Base{shared}, args(args) {}
 
   // A group of products each: s = Q K^T, acc += P V.
   __device__ __forceinline__ void issue_scores(Scores& s) const {
-    const uint64_t q = operand_of_rows<Queries>(descriptor_address(shared.q(index())));
-    const uint64_t k = operand_of_rows<Keys>(descriptor_address(shared.k(k_place.stage)));
-#pragma unroll
-    for (int step = 0; step < kD / 16; ++step) {
-      wgmma<T>(s[0], step_of_rows<Queries>(q, step), step_of_rows<Keys>(k, step), step > 0);
-    }
+    issue_product_of_rows<T, Own, Block>(s[0], held(0), streamed(kKeys));
     wgmma_commit();
   }
   __device__ __forceinline__ void issue_output(Output& acc, const Weights& weights) const {
-    const uint64_t v = operand_of_columns<Keys>(descriptor_address(shared.v(v_place.stage)));
-#pragma unroll
-    for (int step = 0; step < kN / 16; ++step) {
-      wgmma<T>(acc[0], weights[0][step], step_of_columns<Keys>(v, step), true);
-    }
+    issue_product<T, Block>(acc[0], weights[0], streamed(kValues));
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void wait_for_keys() const {
-    mbarrier_wait(shared.k_full(k_place.stage), k_place.parity);
-  }
-  __device__ __forceinline__ void wait_for_values() const {
-    mbarrier_wait(shared.v_full(v_place.stage), v_place.parity);
-  }
-  __device__ __forceinline__ void release_keys() {
-    release(shared.k_empty(k_place.stage));
-    k_place.advance();
-  }
-  __device__ __forceinline__ void release_values() {
-    release(shared.v_empty(v_place.stage));
-    v_place.advance();
-  }
-
   // Scores of the keys from `block` on become probabilities.
-  __device__ __forceinline__ void weigh(Scores& s, const TileOf<Tile::kM>& tile, int block,
-                                        Softmax& softmax, const Logit& logit,
-                                        float (&rescale)[2]) const {
+  __device__ __forceinline__ void weigh(Scores& s, const Queries& tile, int block, Softmax& softmax,
+                                        const Logit& logit, float (&rescale)[2]) const {
     const Attention& p = args.problem;
     const int row = tile.first + warp_row(), last = least(row + 16, tile.at.n_q) - 1;
-    const Partners own = partners<kN>(row, last, tile.at.shift(), p.left, p.right, tile.at.n_k);
-    const bool masked = own.masked(block);
+    const bool masked =
+        Meeting::of<Side::queries>(p, tile.at).template partners<kN>(row, last).masked(block);
     if (!kPlain || masked) {
       mask<kPlain>(s, row + tile.at.shift(), block, tile.at.n_k, p.left, p.right, masked, logit);
     }
@@ -115,36 +65,36 @@ struct Consumer {
   }
 
   // The products of one block run beside the softmax of the next.
-  __device__ __forceinline__ void attend(const TileOf<Tile::kM>& tile, const Partners& keys,
-                                         Output& acc, Softmax& softmax) {
+  __device__ __forceinline__ void attend(const Queries& tile, const Partners& keys, Output& acc,
+                                         Softmax& softmax) {
     const Logit logit(args.problem, tile.b, tile.h);
     Scores s;
     Weights weights;
     float rescale[2];
-    wait_for_keys();
-    take_turn();
+    wait_for(kKeys);
+    Base::take_turn();
     wgmma_fence(s[0]);
     issue_scores(s);
-    pass_turn();
+    Base::pass_turn();
     wgmma_wait<0>(s[0]);
-    release_keys();
+    release(kKeys);
     weigh(s, tile, keys.start, softmax, logit, rescale);  // acc is 0
     to_operand<T>(weights, s);
 
     for (int block = keys.start + kN; block < keys.stop; block += kN) {
-      wait_for_keys();
-      take_turn();
+      wait_for(kKeys);
+      Base::take_turn();
       wgmma_fence(s[0]);
       issue_scores(s);
-      wait_for_values();
+      wait_for(kValues);
       wgmma_fence(acc[0], weights[0]);
       issue_output(acc, weights);
-      pass_turn();
+      Base::pass_turn();
       wgmma_wait<1>(s[0]);
-      release_keys();
+      release(kKeys);
       weigh(s, tile, block, softmax, logit, rescale);
       wgmma_wait<0>(acc[0], weights[0]);
-      release_values();
+      release(kValues);
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) {
 #pragma unroll
@@ -153,19 +103,17 @@ struct Consumer {
       to_operand<T>(weights, s);
     }
 
-    wait_for_values();
+    wait_for(kValues);
     const int there = tile.at.n_k - (keys.stop - 1) / kN * kN;  // keys of the last block
-    if (args.problem.cu_q && there < kN) {
-      clear_rows<Keys>(shared.v(v_place.stage), there, kWarpgroupBarrier + index());
-    }
+    if (args.problem.cu_q && there < kN) Base::clear_rows(there, kValues);
     wgmma_fence(acc[0], weights[0]);
     issue_output(acc, weights);
     wgmma_wait<0>(acc[0], weights[0]);
-    release_values();
+    release(kValues);
   }
 
   // Normalises, and writes through the place of this warpgroup's queries.
-  __device__ __forceinline__ void write(const TileOf<Tile::kM>& tile, const Output& acc,
+  __device__ __forceinline__ void write(const Queries& tile, const Output& acc,
                                         Softmax& softmax) const {
     const Attention& p = args.problem;
     const auto [b, h, first, at] = tile;
@@ -181,109 +129,78 @@ struct Consumer {
       const int i = warp_row() + row_of(lane, 0, 2 * half);
       if (lane % 4 == 0 && i < rows) lse[i * args.lse.row] = row_lse;
     }
-    named_barrier_sync(kWarpgroupBarrier + index(), kWarpgroup);  // all warps have read Q
+    Base::meet();  // all warps have read Q
     T* const out = rows_of<T>(args.out, b, first_row + before, h);
-    store_rows<T, kD, 1, kD>(acc, factor, shared.q(index()), warp_row() - before, 0, out,
-                             args.out.row, rows - before, p.value_dim);
-    async_proxy_fence();
-    release(shared.q_empty());
+    store_rows<T, kD, 1, kD>(acc, factor, held(0), warp_row() - before, 0, out, args.out.row,
+                             rows - before, p.value_dim);
+    Base::release_held();
   }
 
   __device__ __forceinline__ void run() {
-    if (index() == Tile::kConsumers - 1) pass_turn();
-    for_each_tile<Tile>(args, [&](const TileOf<Tile::kM>& tile, const Partners& keys) {
+    const auto of_tile = [&](const Queries& tile, const Partners& keys, int) {
       Softmax softmax;
       Output acc;
       clear(acc);
-      mbarrier_wait(shared.q_full(), q_place.parity);
-      q_place.advance();
+      Base::wait_for_held();
       if (keys.start < keys.stop) attend(tile, keys, acc, softmax);
       write(tile, acc, softmax);
-    });
-    if (index() == 0) take_turn();  // which the last one passed
+    };
+    Base::in_turns(
+        [&] { for_each_tile<Tile, Side::queries>(args.problem, args.schedule, of_tile); });
   }
 };
+
+template <class Tile>
+__device__ __forceinline__ void produce(const Arguments& args, const SharedTiles<Tile>& shared) {
+  const Attention& p = args.of.problem;
+  Producer<Tile> producer{shared};
+  const auto of_tile = [&](const TileOf<Tile::kRows>& tile, const Partners& keys, int) {
+    const int batch = p.cu_q ? 0 : tile.b, kv_head = tile.h / p.group();
+    const auto stream = [&](int tensor, int block) {
+      producer.stream(tensor, args.streamed[tensor], tile.at.first_k + block, kv_head, batch);
+    };
+    // Keys first: they find room while the tile before still keeps Q's place.
+    if (keys.start < keys.stop) stream(kKeys, keys.start);
+    producer.hold(args.held, tile.at.first_q + tile.first, tile.h, batch);
+    for (int block = keys.start; block < keys.stop; block += Tile::kBlock) {
+      if (block + Tile::kBlock < keys.stop) stream(kKeys, block + Tile::kBlock);
+      stream(kValues, block);
+    }
+  };
+  for_each_tile<Tile, Side::queries>(p, args.of.schedule, of_tile);
+}
 
 template <class T, int kD, bool kPlain>
-__global__ void __launch_bounds__(Sm90Tile<kD, kPlain>::kThreads, 1)
-    attention_sm90_fwd_kernel(const __grid_constant__ AttentionSm90 args) {
+__global__ void __launch_bounds__(ForwardTile<kD, kPlain>::kThreads, 1)
+    attention_sm90_fwd_kernel(const __grid_constant__ Arguments args) {
 #if CEG_SM90A
-  using Tile = Sm90Tile<kD, kPlain>;
-  const SharedTiles<Tile> shared;
-  if (threadIdx.x == 0) {
-    tma_prefetch(args.q);
-    tma_prefetch(args.k);
-    tma_prefetch(args.v);
-    shared.init_barriers();
-  }
-  __syncthreads();
-  if (threadIdx.x < kWarpgroup) {
-    give_registers<Tile::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Tile>(args, shared);
-  } else {
-    take_registers<Tile::kConsumerRegisters>();
-    Consumer<T, kD, kPlain>{args.fwd, shared}.run();
-  }
+  using Shared = SharedTiles<ForwardTile<kD, kPlain>>;
+  run_roles<ForwardTile<kD, kPlain>>(
+      args, [&](const Shared& shared) { produce(args, shared); },
+      [&](const Shared& shared) { Consumer<T, kD, kPlain>(shared, args.of).run(); });
 #endif
 }
-
-TensorOfRows rows_of_map(const View& view, int columns, int rows, int heads, int batch) {
-  return {view.data, columns, rows, heads, batch, view.row, view.head, view.batch};
-}
-
-struct Rows {
-  TensorOfRows q, k, v;
-
-  explicit Rows(const AttentionFwd& a) {
-    const Attention& p = a.problem;
-    const int batch = p.cu_q ? 1 : p.batch;
-    q = rows_of_map(a.q, p.head_dim, a.q_rows, p.heads, batch);
-    k = rows_of_map(a.k, p.head_dim, a.k_rows, p.kv_heads, batch);
-    v = rows_of_map(a.v, p.value_dim, a.k_rows, p.kv_heads, batch);
-  }
-};
-
-constexpr int kWidest = 128;
 
 }  // namespace
 
-std::string attention_sm90_why_not(const AttentionFwd& args) {
-  const int width = most(args.problem.head_dim, args.problem.value_dim);
-  if (width > kWidest) return "needs head_dim <= 128, got " + std::to_string(width);
-#if !defined(CEG_HAS_SM90A) && !defined(CEG_CUDA_SIM)
-  return "needs a build for sm_90a";
-#endif
-  const int capability = compute_capability();
-  if (capability != 90) return "needs sm_90, got sm_" + std::to_string(capability);
-  const Rows rows(args);
-  for (const auto& [name, t] : {std::pair{"q", &rows.q}, {"k", &rows.k}, {"v", &rows.v}}) {
-    if (std::string why = tensor_map_why_not(name, *t); !why.empty()) return why;
-  }
-  return "";
-}
-
 void attention_sm90_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream) {
-  with_tile<kWidest>(dtype, args.problem, [&](auto item, auto head, auto plain) {
+  with_tile<kWidestSm90>(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
-    using Tile = Sm90Tile<kD, plain.value>;
-    const Rows rows(args);
-    AttentionSm90 all = {args, tensor_map("q", dtype, rows.q, 64),
-                         tensor_map("k", dtype, rows.k, Tile::kN),
-                         tensor_map("v", dtype, rows.v, Tile::kN)};
-    const char* const name = "attention_sm90_fwd_kernel";
-    Schedule& schedule = all.fwd.schedule;
-    schedule.tiles = (args.problem.max_q + Tile::kM - 1) / Tile::kM;
-    const int64_t blocks = schedule.blocks();
-    CEG_CHECK(blocks <= INT32_MAX / 2, name, " must have at most 2^30 tiles, got ", blocks);
-    const auto grid = static_cast<unsigned>(least(static_cast<int>(blocks), multiprocessors()));
-    launch({name, grid, Tile::kThreads, Tile::kSharedBytes, stream},
-           attention_sm90_fwd_kernel<T, kD, plain.value>, all);
+    using Tile = ForwardTile<kD, plain.value>;
+    const MappedRows rows(args);
+    Arguments all = {args,
+                     {tensor_map("q", dtype, rows.q, 64)},
+                     {tensor_map("k", dtype, rows.k, Tile::kBlock),
+                      tensor_map("v", dtype, rows.v, Tile::kBlock)}};
+    launch_persistent<Tile>("attention_sm90_fwd_kernel",
+                            attention_sm90_fwd_kernel<T, kD, plain.value>, all, all.of.schedule,
+                            args.problem.max_q, stream);
   });
 }
 
 void list_attention_sm90_fwd(Kernels& kernels) {
-  list_tiles<Sm90Tile, kWidest>(
+  list_tiles<ForwardTile, kWidestSm90>(
       kernels, "attention_sm90_fwd_kernel", [](auto item, auto head, auto plain) {
         return attention_sm90_fwd_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
       });

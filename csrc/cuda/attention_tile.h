@@ -46,6 +46,24 @@ struct Sequence {
   __device__ __forceinline__ int shift() const { return n_k - n_q; }
 };
 
+// Whose rows a tile has; the other side's are its columns.
+enum class Side { queries, keys };
+
+// How the rows of a tile meet the columns: see partners().
+struct Meeting {
+  int offset, before, after, count;
+
+  template <Side kSide>
+  static __device__ __forceinline__ Meeting of(const Attention& p, const Sequence& at) {
+    if constexpr (kSide == Side::queries) return {at.shift(), p.left, p.right, at.n_k};
+    return {-at.shift(), p.right, p.left, at.n_q};
+  }
+  template <int kBlock>
+  __device__ __forceinline__ Partners partners(int first, int last) const {
+    return cuda::partners<kBlock>(first, last, offset, before, after, count);
+  }
+};
+
 // blockIdx.x and threadIdx.x, read again by each call: what follows from them is computed again,
 // too, instead of taking registers from one end of a loop to the other.
 __device__ __forceinline__ int block_index() {
@@ -65,6 +83,14 @@ __device__ __forceinline__ int thread_index() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 #endif
+}
+
+// What follows from it is computed again, too.
+__device__ __forceinline__ int again(int index) {
+#ifndef CEG_CUDA_SIM
+  asm volatile("" : "+r"(index));
+#endif
+  return index;
 }
 
 // The tile of a block of threads: kTile rows of one head of one sequence, of queries or keys.

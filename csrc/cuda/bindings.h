@@ -29,6 +29,9 @@ inline void bind_launchers(pybind11::module_& m) {
         arg("dk"), arg("dv"), arg("dsink"), arg("delta"), arg("softmax_scale"),
         arg("causal") = false, arg("window_left") = -1, arg("window_right") = -1,
         arg("softcap") = 0.0, arg("stream") = 0);
+  m.def("attention_bwd_sm90_why_not", attention_bwd_sm90_why_not, arg("dout"), arg("q"), arg("k"),
+        arg("v"), arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"),
+        arg("max_seqlen_k"));
   m.def("rms_norm_fwd", rms_norm_fwd, release_gil(), arg("x"), arg("weight"), arg("residual"),
         arg("y"), arg("residual_out"), arg("rstd"), arg("eps"), arg("weight_offset") = 0.0,
         arg("stream") = 0);

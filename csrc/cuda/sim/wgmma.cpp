@@ -57,7 +57,7 @@ float shared_item(uint64_t descriptor, Major major, int mn, int k, bool is_bf16)
   return item(bits, is_bf16);
 }
 
-void read_a(const Product& product, float (&a)[kM][kK]) {
+void read_a(const Product& product, double (&a)[kM][kK]) {
   const WgmmaPart& first = product.of_thread[0];
   if (!first.a_registers) {
     for (int row = 0; row < kM; ++row) {
@@ -79,7 +79,7 @@ void read_a(const Product& product, float (&a)[kM][kK]) {
   }
 }
 
-void read_b(const WgmmaPart& part, float (&b)[kK][kMostN]) {
+void read_b(const WgmmaPart& part, double (&b)[kK][kMostN]) {
   const Major major = part.b_is_dense_in_mn ? Major::mn : Major::k;
   for (int k = 0; k < kK; ++k) {
     for (int n = 0; n < part.n; ++n) b[k][n] = shared_item(part.b, major, n, k, part.is_bf16);
@@ -104,8 +104,7 @@ void compute(Warpgroup& group) {
   const Product product = group.products.front();
   group.products.pop_front();
   ++group.computed;
-  static float a[kM][kK], b[kK][kMostN];
-  static double sum[kM][kMostN];
+  static double a[kM][kK], b[kK][kMostN], sum[kM][kMostN];
   const WgmmaPart& part = product.of_thread[0];
   read_a(product, a);
   read_b(part, b);
