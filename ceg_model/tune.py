@@ -31,7 +31,7 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
         help="instead, and without a GPU: for keys of these GPUs (sm_90,gfx942) whose tile spills "
         "or does not fit, the largest that does; measured rows stay",
     )  # fmt: skip
-    tune.add_argument("--kernels", default="", metavar="NAMES", help="fwd,bwd_dkdv,bwd_dq")
+    tune.add_argument("--kernels", default="", metavar="NAMES", help="fwd,bwd,bwd_dkdv,bwd_dq")
     tune.add_argument("--table", type=Path, metavar="FILE", help="default: the package's own")
     tune.add_argument("--json", action="store_true", help="print the new rows")
     tune.set_defaults(run=run)
@@ -112,7 +112,7 @@ def by_clock(kernels: tuple[str, ...], path: Path, progress: Progress) -> dict[K
         now = table[key if key in table else config.plain(key)][0]
         fitting = (t for t in tune.candidates(key) if t != now and tune.fits(key, t))
         others = [tile for tile, _ in zip(fitting, range(TIMED), strict=False)]
-        seconds = tune_one(key, [now, *others], target, "cuda")
+        seconds = tune_one(key, [now, *tune.schedules(key, now), *others], target, "cuda")
         if now not in seconds:
             raise RuntimeError(f"{key}: the table's tile must give right results, got {now}")
         best = min(seconds, key=seconds.__getitem__)
@@ -141,7 +141,7 @@ def tune_one(key: Key, tiles: list[Tile], target: Any, device: str) -> dict[Tile
     args = tune.arguments(key, target, device)
 
     def call(tile: Tile) -> Any:
-        with config.forced({key.kernel: tile}):
+        with config.forced(tune.alone(key, tile)):
             return op.backend("triton").run(*args)
 
     right = [t for t in tiles if accuracy.compare(op, accuracy.as_tuple(call(t)), args) <= 1]
