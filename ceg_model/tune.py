@@ -76,7 +76,8 @@ def by_compiler(
         for done, key in enumerate(keys):
             progress(done, len(keys), " ".join(map(str, vars(key).values())))
             table = config.rows(path)
-            if key in table and (table[key][1] != "compiler" or tune.fits(key, table[key][0])):
+            tile, by = table.get(key, (config.UNUSED, "fallback"))
+            if by not in ("compiler", "fallback") or (by == "compiler" and tune.fits(key, tile)):
                 continue
             tile = next((t for t in tune.candidates(key) if tune.fits(key, t)), None)
             if tile is None:

@@ -2,7 +2,8 @@
 of the elements and kind of mask.
 
 Rows by "compiler" are the largest tiles that compile without spills and within shared memory: a
-guess at what is fast. `ceg tune` replaces them by measured ones. Nothing is tuned on a user's call.
+guess at what is fast. `ceg tune` replaces them by measured ones; those by "fallback" nobody has
+searched. Nothing is tuned on a user's call.
 
 A tile's `programs` decide on how keys are shared out, and so on bits. bwd: for how many programs,
 each of which adds to dQ beside dK and dV; with 0, or where the sums would need too much memory,
