@@ -76,8 +76,8 @@ def by_compiler(
         for done, key in enumerate(keys):
             progress(done, len(keys), " ".join(map(str, vars(key).values())))
             table = config.rows(path)
-            tile, by = table.get(key, (config.UNUSED, "fallback"))
-            if by not in ("compiler", "fallback") or (by == "compiler" and tune.fits(key, tile)):
+            now, by = table.get(key, (config.UNUSED, "fallback"))
+            if by not in ("compiler", "fallback") or (by == "compiler" and tune.fits(key, now)):
                 continue
             tile = next((t for t in tune.candidates(key) if tune.fits(key, t)), None)
             if tile is None:
@@ -137,7 +137,7 @@ def tune_one(key: Key, tiles: list[Tile], target: Any, device: str) -> dict[Tile
     from ceg_kernels.triton import attention_config as config
     from ceg_kernels.triton import tune
 
-    declared = ATTENTION if key.kernel == "fwd" else ATTENTION_BACKWARD
+    declared = ATTENTION if key.kernel in ("fwd", "decode") else ATTENTION_BACKWARD
     op = accuracy.with_remembered_reference(declared)
     args = tune.arguments(key, target, device)
 

@@ -239,7 +239,8 @@ def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     assert expected <= {f["kernel"] for f in facts}
     for fact in facts:
         assert fact["wrong"] is None, fact
-        assert 0 < fact["registers"] <= 255, fact
+        # A thread of CDNA 3 has 256 vector registers and 256 for accumulators.
+        assert 0 < fact["registers"] <= (512 if target == "gfx942" else 255), fact
 
 
 def test_a_kernel_that_spills_is_seen(compiled):
