@@ -31,7 +31,7 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
         help="instead, and without a GPU: for keys of these GPUs (sm_90,gfx942) whose tile spills "
         "or does not fit, the largest that does; measured rows stay",
     )  # fmt: skip
-    tune.add_argument("--kernels", default="", metavar="NAMES", help="fwd,bwd_dkdv,bwd_dq")
+    tune.add_argument("--kernels", default="", metavar="NAMES", help="fwd,bwd,bwd_dkdv,bwd_dq")
     tune.add_argument("--table", type=Path, metavar="FILE", help="default: the package's own")
     tune.add_argument("--json", action="store_true", help="print the new rows")
     tune.set_defaults(run=run)
@@ -76,7 +76,8 @@ def by_compiler(
         for done, key in enumerate(keys):
             progress(done, len(keys), " ".join(map(str, vars(key).values())))
             table = config.rows(path)
-            if key in table and (table[key][1] != "compiler" or tune.fits(key, table[key][0])):
+            now, by = table.get(key, (config.UNUSED, "fallback"))
+            if by not in ("compiler", "fallback") or (by == "compiler" and tune.fits(key, now)):
                 continue
             tile = next((t for t in tune.candidates(key) if tune.fits(key, t)), None)
             if tile is None:
@@ -112,7 +113,7 @@ def by_clock(kernels: tuple[str, ...], path: Path, progress: Progress) -> dict[K
         now = table[key if key in table else config.plain(key)][0]
         fitting = (t for t in tune.candidates(key) if t != now and tune.fits(key, t))
         others = [tile for tile, _ in zip(fitting, range(TIMED), strict=False)]
-        seconds = tune_one(key, [now, *others], target, "cuda")
+        seconds = tune_one(key, [now, *tune.schedules(key, now), *others], target, "cuda")
         if now not in seconds:
             raise RuntimeError(f"{key}: the table's tile must give right results, got {now}")
         best = min(seconds, key=seconds.__getitem__)
@@ -136,12 +137,12 @@ def tune_one(key: Key, tiles: list[Tile], target: Any, device: str) -> dict[Tile
     from ceg_kernels.triton import attention_config as config
     from ceg_kernels.triton import tune
 
-    declared = ATTENTION if key.kernel == "fwd" else ATTENTION_BACKWARD
+    declared = ATTENTION if key.kernel in ("fwd", "decode") else ATTENTION_BACKWARD
     op = accuracy.with_remembered_reference(declared)
     args = tune.arguments(key, target, device)
 
     def call(tile: Tile) -> Any:
-        with config.forced({key.kernel: tile}):
+        with config.forced(tune.alone(key, tile)):
             return op.backend("triton").run(*args)
 
     right = [t for t in tiles if accuracy.compare(op, accuracy.as_tuple(call(t)), args) <= 1]

@@ -1,6 +1,7 @@
-"""Triton attention beyond the grid over OPS: tiles of every kind in one row of tiles (partly masked
-on the left, whole, partly masked on the right, past the end), bits that do not depend on strides or
-on what else is in the batch, where NaN may go, extreme logits, refusals.
+"""Triton attention beyond the grid over OPS: both schedules of the backward (the grid has dQ in one
+pass), tiles of every kind in one row of tiles (partly masked on the left, whole, partly masked on
+the right, past the end), keys in chunks, bits that do not depend on strides or on what else is in
+the batch, where NaN may go, extreme logits, refusals.
 
 Left out, as in the formula itself: a NaN in v or dout, which 0 * NaN carries to rows that do not
 see it.
@@ -30,6 +31,12 @@ def normal(*shape, dtype=torch.float32, seed=0):
 
 def tail(tq, tk, *, slopes=None, sink=None, scale=0.2, causal=False, window=(-1, -1), softcap=0.0):
     return None, None, tq, tk, slopes, sink, scale, causal, *window, softcap
+
+
+def forced(tiles):
+    from ceg_kernels.triton import attention_config as config
+
+    return config.forced({kernel: config.Tile(*tile) for kernel, tile in tiles.items()})
 
 
 def saved(args, dtype=torch.float32):
@@ -62,6 +69,103 @@ def test_many_tiles_match_the_formula(name):
     out, lse = saved(args, dtype)
     given = dout, normal(*lse.shape), q, k, v, out, lse, *args[3:]
     assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+    with forced({"bwd": (0, 0, 0, 0)}):
+        assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+
+
+EVERYTHING = {
+    "slopes": normal(6).abs() * 0.05, "sink": normal(6, seed=1), "causal": True, "softcap": 4.0,
+}  # fmt: skip
+FEW = {
+    "full": (torch.float32, {}),
+    "window": (torch.float32, {"window": (250, 2)}),
+    "narrow window": (torch.float32, {"window": (20, 3)}),
+    "everything": (torch.bfloat16, {**EVERYTHING, "window": (200, -1)}),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_few_queries_over_chunks_of_keys(name, packed):
+    """Heads of a group of 3 and 5 queries in a tile; 400 keys in 4 chunks of 128."""
+    dtype, flags = FEW[name]
+    q, k, v = normal(1, 5, 6, 40), normal(1, 400, 2, 40), normal(1, 400, 2, 24)
+    args = *(t.to(dtype) for t in (q, k, v)), *tail(5, 400, **flags)
+    if packed:  # the first sequence ends in the second chunk, the second has no key, the third all
+        cu_q, cu_k = ([0, 2, 3, 5, 5], [0, 150, 150, 400, 400])
+        cu = (torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in (cu_q, cu_k))
+        args = *(t[0] for t in args[:3]), *cu, 2, 250, *args[7:]
+    with forced({"decode": (16, 32, 4, 1, 64)}):
+        assert compare(ATTENTION, forward(*args), args) <= 1
+
+
+def test_the_chunks_follow_from_the_shape_and_the_table():
+    from ceg_kernels.triton.attention_config import Tile
+    from ceg_kernels.triton.attention_decode import chunks_of
+    from ceg_kernels.triton.attention_problem import case, problem_of
+
+    def chunks(batch, keys, queries=1, **flags):
+        args = case(batch, keys, 8, 8, 64, queries=queries, **flags)
+        return chunks_of(Tile(16, 64, 4, 2, 264), problem_of(*args[:9], *args[10:]), 8)
+
+    assert chunks(1, 4096) == (16, 256)  # no chunk has fewer than 4 blocks
+    assert chunks(1, 16384) == (32, 512)  # of 33 wanted: chunks are whole blocks
+    assert chunks(64, 4096) == (1, 4096)
+    assert chunks(1, 16384, left=4096) == (17, 256)  # those of the window, wherever it begins
+    assert chunks(1, 0) == (1, 256)
+    assert chunks(0, 4096)[0] > 0
+
+
+@pytest.mark.parametrize("window", [(20, 9), (-1, 9), (20, -1)])
+def test_one_pass_over_keys_far_apart(window):
+    """Programs have blocks of keys between which lie queries that see none of them."""
+    q, k, v, dout = (normal(1, 330, 1, 16, seed=i) for i in range(4))
+    args = q, k, v, *tail(330, 330, window=window)
+    given = dout, None, q, k, v, *saved(args), *args[3:]
+    with forced({"bwd": (32, 32, 4, 1, 3)}):
+        assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+
+
+@pytest.mark.parametrize("bwd", [(0, 0, 0, 0), (64, 64, 4, 1, 2)], ids=["two passes", "one"])
+def test_what_keys_have_in_common_cancels_in_dq(bwd):
+    # dS sums to 0 over the keys, rounded dS does not: the difference comes back times 50.
+    q, k, v, dout = (normal(1, 150, 1, 32, dtype=torch.bfloat16, seed=i) for i in range(4))
+    k[..., 0] = 50
+    args = q, k, v, *tail(150, 150)
+    given = dout, None, q, k, v, *saved(args, torch.bfloat16), *args[3:]
+    with forced({"bwd": bwd}):
+        assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+
+
+def test_keys_past_the_end_leave_nothing_in_dq():
+    # Logits of -200: the weights of keys that are not there would be exp(200).
+    q, k, v, dout = (normal(1, 70, 1, 16, seed=i) for i in range(4))
+    q[..., 0], k[..., 0] = 10, -20
+    args = q, k, v, *tail(70, 70, scale=1.0)
+    given = dout, None, q, k, v, *saved(args), *args[3:]
+    assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
+
+
+def test_the_splits_follow_from_the_shape_and_the_table():
+    from ceg_kernels.triton.attention_backward import MOST_BYTES, splits_of
+    from ceg_kernels.triton.attention_config import UNUSED, Tile
+    from ceg_kernels.triton.attention_problem import case, problem_of
+
+    def splits(tile, *sizes, **flags):
+        args = case(*sizes, **flags)
+        return splits_of(tile, problem_of(*args[:9], *args[10:]), args[0])
+
+    tile = Tile(64, 128, 8, 2, 132)
+    assert splits(tile, 4, 1024, 12, 12, 64) == 3
+    assert splits(tile, 4, 1024, 24, 12, 64) == 3  # of the heads those of the keys count
+    assert splits(tile, 1, 300, 2, 2, 64) == 3  # no more than blocks of keys
+    assert splits(tile, 4, 1024, 12, 12, 64, packed=True) == 3
+    assert splits(UNUSED, 4, 1024, 12, 12, 64) == 0
+    one = 4 * 4096 * 16 * 128  # of a split
+    assert MOST_BYTES // one == 16
+    assert splits(tile, 1, 4096, 16, 4, 128) == 16  # of 33 wanted
+    assert splits(tile, 1, 4096, 16, 16, 128) == 9
+    assert splits(tile, 1, 8192, 16, 4, 128) == 0  # 8 are less than half of 33
 
 
 def _both(dout, *args):
@@ -80,20 +184,25 @@ def test_strides_change_no_bit():
             assert torch.equal(ours, other)
 
 
-def test_other_sequences_change_no_bit():
-    """Sequences packed behind each other against each alone: nothing is read across the border."""
+@pytest.mark.parametrize("bwd", [(0, 0, 0, 0), (64, 64, 4, 1, 1)], ids=["two passes", "one"])
+def test_other_sequences_change_no_bit(bwd):
+    """Sequences packed behind each other against each alone: nothing is read across the border.
+
+    One split, where more would depend on the number of sequences.
+    """
     lengths = [70, 40, 0, 133]  # none so short that its tile is another
     cu = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
     q, dout, v = (normal(243, 2, 24, seed=i) for i in range(3))
     k = normal(243, 2, 24, seed=3)
     flags = None, None, 0.2, True, -1, -1, 0.0
-    out, lse, dq, dk, dv, _ = _both(dout, q, k, v, cu, cu, 133, 133, *flags)
+    with forced({"bwd": bwd}):
+        out, lse, dq, dk, dv, _ = _both(dout, q, k, v, cu, cu, 133, 133, *flags)
     first = 0
     for length in lengths:
         own = slice(first, first + length)
-        alone = _both(
-            dout[own][None], *(t[own][None] for t in (q, k, v)), None, None, length, length, *flags
-        )
+        given = (t[own][None] for t in (dout, q, k, v))
+        with forced({"bwd": bwd}):
+            alone = _both(*given, None, None, length, length, *flags)
         for packed, one in zip((out, dq, dk, dv), (alone[0], *alone[2:5]), strict=True):
             assert torch.equal(packed[own], one[0])
         assert torch.equal(lse[:, own], alone[1][0])

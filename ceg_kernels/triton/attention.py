@@ -1,9 +1,8 @@
 """Flash attention forward; the formula is in ops/attention_reference.py.
 
-A program takes BLOCK_M queries of one head and visits the keys they see in blocks of BLOCK_N, with
-the running maximum and sum of each row (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al.
-2022, arXiv 2205.14135). Heads of a group read the same K and V; nothing is expanded. Blocks that
-every row sees whole have no mask code, blocks that nobody sees are not visited.
+A program takes BLOCK_M queries of one head and visits the keys they see in blocks of BLOCK_N. Heads
+of a group read the same K and V; nothing is expanded. Blocks that every row sees whole have no mask
+code, blocks that nobody sees are not visited. A few queries are for attention_decode.py.
 
     q: (B, Tq, H, D), k: (B, Tk, H_kv, D), v: (B, Tk, H_kv, DV), out: like q with DV, lse: (B, H, Tq)
     packed: (total, H, D), lse (H, total), cu: (B + 1,);  s_: strides;  M: queries, N: keys of a tile
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ceg_kernels.triton.attention_config import for_queries
+from ceg_kernels.triton.attention_decode import decode
 from ceg_kernels.triton.attention_problem import (
     CASES,
     described,
@@ -27,56 +27,16 @@ from ceg_kernels.triton.attention_problem import (
     problem_of,
     strides,
 )
+from ceg_kernels.triton.attention_softmax import normalise, visit
 from ceg_kernels.triton.attention_tile import (
     LOG2E,
-    dot,
     load_rows,
-    logits,
     partners,
     sequence,
     store_rows,
     view,
-    visible,
 )
 from ceg_kernels.triton.launch import cdiv, gpu_of, launch, unit_stride
-
-
-@triton.jit
-def _visit(
-    acc, top, total, q, keys, values, d_k, d_v, o_m, first, last, n_k, shift, left, right, slope,
-    scale, softcap, to_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    BIASED: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys [first, last) enter the output, maximum and sum of the rows."""
-    for start in tl.range(first, last, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-
-        # Logits.
-        k = load_rows(keys, d_k, start, n_k, MASKED, D, BLOCK_N, BLOCK_D)
-        s = dot(q, tl.trans(k))
-        distance = o_n[None, :] - o_m[:, None] - shift
-        if not FOLDED:
-            s, _ = logits(s, distance, slope, scale, softcap, CAPPED, BIASED)
-        if MASKED:
-            m = visible(distance, o_n[None, :], n_k, left, right, HAS_LEFT, HAS_RIGHT)
-            s = tl.where(m, s, float("-inf"))
-
-        # Softmax. The maximum is subtracted before the factor to base 2 is applied: in one fma the
-        # product's rounding would leave exp(0) != 1 where logits are huge.
-        now = tl.maximum(top, tl.max(s, axis=1))
-        # Nothing visible yet: any finite number keeps exp(-inf - base) at 0 instead of NaN.
-        base = tl.where(now == float("-inf"), 0.0, now)
-        p = tl.exp2((s - base[:, None]) * to_log2)
-        rescale = tl.exp2((top - base) * to_log2)
-        total = total * rescale + tl.sum(p, axis=1)
-        top = now
-
-        # Values.
-        v = load_rows(values, d_v, start, n_k, MASKED, DV, BLOCK_N, BLOCK_DV)
-        acc = acc * rescale[:, None] + dot(p.to(v.dtype), v)
-    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "heads", "n_heads", "left", "right"])
@@ -125,42 +85,37 @@ def attention_fwd_kernel(
     b_k = None if p_cu_k is not None else d_k
     b_v = None if p_cu_k is not None else d_v
     if HAS_LEFT:
-        acc, top, total = _visit(
+        acc, top, total = visit(
             acc, top, total, q, keys, values, b_k, b_v, o_m, start, tl.minimum(whole, stop), n_k,
             shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
         )  # fmt: skip
-    acc, top, total = _visit(
+    acc, top, total = visit(
         acc, top, total, q, keys, values, d_k, d_v, o_m, whole, rest, n_k,
         shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, False,
     )  # fmt: skip
-    acc, top, total = _visit(
+    acc, top, total = visit(
         acc, top, total, q, keys, values, b_k, b_v, o_m, rest, stop, n_k,
         shift, left, right, slope, scale, softcap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         HAS_LEFT, HAS_RIGHT, CAPPED, BIASED, FOLDED, True,
     )  # fmt: skip
 
-    # Normalise. The sink joins the sum as one more logit.
+    # Normalise.
     if FOLDED:
         # Not of -inf, which stays: a scale of a NaN in the maximum is NaN either way.
         top = top * scale
-    if p_sink is not None:
+    SINK: tl.constexpr = p_sink is not None
+    sink = 0.0
+    if SINK:
         sink = tl.load(p_sink + h)
-        now = tl.maximum(top, sink)
-        base = tl.where(now == float("-inf"), 0.0, now)
-        rescale = tl.exp2((top - base) * LOG2E)
-        total = total * rescale + tl.exp2((sink - base) * LOG2E)
-        acc, top = acc * rescale[:, None], now
-    blind = total == 0.0
-    safe = tl.where(blind, 1.0, total)
+    out, lse = normalise(acc, top, total, sink, SINK)
 
     # Write.
-    lse = tl.where(blind, float("-inf"), top + tl.log(safe))
     p_lse += b * s_lb + h * s_lh + first_q
     tl.store(p_lse + o_m, lse, mask=o_m < n_q)
     p_out += b * s_ob + first_q * s_ot + h * s_oh
-    store_rows(p_out, s_ot, o_m, n_q, acc * (1.0 / safe)[:, None], DV, BLOCK_DV)
+    store_rows(p_out, s_ot, o_m, n_q, out, DV, BLOCK_DV)
 
 
 def forward(
@@ -174,6 +129,10 @@ def forward(
     shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
     lse = q.new_empty(shape, dtype=torch.float32)
     gpu = gpu_of(q)
+    few = p.tile("decode", gpu)
+    if 0 < p.n_q * p.constants["GROUP"] <= few.m:
+        decode(q, k, v, out, lse, p, few, gpu, scale=scale, softcap=softcap)
+        return out, lse
     tile = for_queries(p.tile("fwd", gpu), p.n_q)
     launch(
         attention_fwd_kernel, (cdiv(p.n_q, tile.m) * p.batch * heads,),

@@ -2,7 +2,13 @@
 of the elements and kind of mask.
 
 Rows by "compiler" are the largest tiles that compile without spills and within shared memory: a
-guess at what is fast. `ceg tune` replaces them by measured ones. Nothing is tuned on a user's call.
+guess at what is fast. `ceg tune` replaces them by measured ones; those by "fallback" nobody has
+searched. Nothing is tuned on a user's call.
+
+A tile's `programs` decide on how keys are shared out, and so on bits. bwd: for how many programs,
+each of which adds to dQ beside dK and dV; with 0, or where the sums would need too much memory,
+bwd_dkdv and bwd_dq run instead. decode: for how many programs too; `m` are the most rows, queries
+times heads of a group, that it is for (0: none), and its mask is always "other".
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from typing import Any
 from ceg_kernels.triton.launch import Gpu
 
 PATH = Path(__file__).parent / "attention_tiles.json"
-KERNELS = ("fwd", "bwd_dkdv", "bwd_dq")
+KERNELS = ("fwd", "decode", "bwd", "bwd_dkdv", "bwd_dq")
 
 # GPUs that use the rows of another: the same generation, or one with as little shared memory.
 ALIKE = {"sm_103": "sm_100", "sm_86": "sm_120", "sm_89": "sm_120", "sm_121": "sm_120"}
@@ -31,6 +37,13 @@ class Tile:
     n: int  # keys
     warps: int
     stages: int
+    programs: int = 0  # see the module's docstring
+
+
+UNUSED = Tile(0, 0, 0, 0)  # of bwd or decode: the other kernels do their work
+
+# Small, so that the tests have several tiles, splits and chunks.
+INTERPRETED = {"decode": Tile(16, 32, 4, 1, 16), "bwd": Tile(64, 64, 4, 1, 4)}
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ _FORCED: ContextVar[Mapping[str, Tile] | None] = ContextVar("ceg_attention_tiles
 @contextlib.contextmanager
 def forced(tiles: Mapping[str, Tile]) -> Iterator[None]:
     """Kernels launched inside take these tiles, by kernel; for `ceg tune`."""
-    token = _FORCED.set(tiles)
+    token = _FORCED.set({**(_FORCED.get() or {}), **tiles})
     try:
         yield
     finally:
@@ -97,9 +110,12 @@ def tile_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask
     if (given := _FORCED.get()) is not None and kernel in given:
         return given[kernel]
     if gpu.arch == "interpreter":
-        return Tile(64, 64, 4, 1)  # small, so that the tests have several
+        return INTERPRETED.get(kernel, Tile(64, 64, 4, 1))
     key = key_of(kernel, gpu, constants, bits, mask)
-    return _tiles().get(key) or _tiles()[plain(key)]
+    found = _tiles().get(key) or _tiles().get(plain(key))
+    if found is None and kernel in ("decode", "bwd"):
+        return UNUSED
+    return _tiles()[plain(key)] if found is None else found
 
 
 def for_queries(tile: Tile, n_q: int) -> Tile:
@@ -107,4 +123,4 @@ def for_queries(tile: Tile, n_q: int) -> Tile:
     m = tile.m
     while m >= 2 * n_q and m > 16:
         m //= 2
-    return tile if m == tile.m else Tile(m, tile.n, min(tile.warps, 4), tile.stages)
+    return tile if m == tile.m else replace(tile, m=m, warps=min(tile.warps, 4))

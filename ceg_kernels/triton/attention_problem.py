@@ -33,7 +33,8 @@ class Problem:
     constants: dict[str, Any]  # of every kernel
 
     def tile(self, kernel: str, gpu: Gpu) -> Tile:
-        return tile_of(kernel, gpu, self.constants, self.bits, self.mask)
+        mask = "other" if kernel == "decode" else self.mask  # it has the masks in every block
+        return tile_of(kernel, gpu, self.constants, self.bits, mask)
 
     @property
     def slopes_stride(self) -> int:
@@ -137,7 +138,6 @@ CASES: dict[str, tuple] = {
     "D256 bf16 everything packed": case(2, 2048, 8, 8, 256, **EVERYTHING),
     "D80 fp16 causal": case(2, 2048, 8, 8, 80, torch.float16),
     "D16 bf16 causal": case(2, 2048, 8, 8, 16),
-    "D128 bf16 decode": case(8, 4096, 32, 8, 128, queries=1),
     "D64 fp32 causal": case(2, 1024, 8, 8, 64, torch.float32),
     "D64 fp32 everything packed": case(2, 1024, 8, 8, 64, torch.float32, **EVERYTHING),
     "D128 fp32 causal": case(2, 1024, 8, 8, 128, torch.float32),
@@ -145,3 +145,14 @@ CASES: dict[str, tuple] = {
     "D256 fp32 causal": case(2, 1024, 8, 8, 256, torch.float32),
     "D256 fp32 everything packed": case(2, 1024, 8, 8, 256, torch.float32, **EVERYTHING),
 }
+# Few queries: the forward has kernels for them.
+FEW: dict[str, tuple] = {
+    f"D{d} {name} {rows}": case(8, 4096, 8 * group, 8, d, dtype, queries=queries, **flags)
+    for name, dtype, group in (("bf16", torch.bfloat16, 8), ("fp32", torch.float32, 4))
+    for d in (64, 128, 256)
+    for rows, queries, flags in (
+        ("decode", 1, {}),
+        ("few everything packed", 8 if group == 8 else 4, EVERYTHING),
+    )
+}
+CASES |= FEW

@@ -39,6 +39,15 @@ def sequence(p_cu, b, length):
 
 
 @triton.jit
+def first_tile(p_cu, b, first, BLOCK: tl.constexpr):
+    """The row of the workspace at which the tiles of sequence b start: none has a part of two."""
+    row = first * 0
+    if p_cu is not None:
+        row = (first // BLOCK + b) * BLOCK
+    return row
+
+
+@triton.jit
 def view(p_t, s_b, s_t, s_h, p_cu, b, h, first):
     """Where the rows of one sequence and head lie: pointer, stride, place in a descriptor."""
     p_first = p_t + b * s_b + first * s_t + h * s_h
@@ -78,6 +87,15 @@ def load_rows(
     else:
         tile = d_t.load([o_b, o_h, o_t + start, 0]).reshape((ROWS, BLOCK))
     return tile
+
+
+@triton.jit
+def load_row(view, row, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of those that `load_rows` loads, in fp32."""
+    p_t, stride, _, _, _ = view
+    o_col = tl.arange(0, BLOCK)
+    p = p_t + tl.cast(row, tl.int64) * stride + o_col
+    return tl.load(p, mask=o_col < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -149,3 +167,28 @@ def logits(dots, distance, slope, scale, softcap, CAPPED: tl.constexpr, BIASED: 
     if BIASED:
         s -= slope * tl.abs(distance).to(tl.float32)
     return s, t
+
+
+@triton.jit
+def probabilities(
+    dots, distance, lse, m, slope, scale, softcap,
+    CAPPED: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """exp(logit - lse), and tanh for the softcap's derivative. lse: one number a query."""
+    s, t = logits(dots, distance, slope, scale, softcap, CAPPED, BIASED)
+    p = tl.exp2((s - lse) * LOG2E)
+    if MASKED:
+        p = tl.where(m, p, 0.0)
+    return p, t
+
+
+@triton.jit
+def load_statistics(p_lse, p_delta, o_m, n_q, BOUNDED: tl.constexpr):
+    # A row that sees nothing has -inf, where +inf makes its probabilities 0 instead of NaN; so it
+    # does for rows that are not there.
+    if BOUNDED:
+        lse = tl.load(p_lse + o_m, mask=o_m < n_q, other=float("inf"))
+        delta = tl.load(p_delta + o_m, mask=o_m < n_q, other=0.0)
+    else:
+        lse, delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
+    return delta, tl.where(lse == float("-inf"), float("inf"), lse)

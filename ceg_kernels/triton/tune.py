@@ -15,41 +15,66 @@ from typing import Any
 import torch
 
 from ceg_kernels.triton import attention, attention_backward
-from ceg_kernels.triton.attention_config import Key, Tile, forced, key_of, plain
-from ceg_kernels.triton.attention_problem import CASES, problem_of
+from ceg_kernels.triton.attention_config import UNUSED, Key, Tile, forced, key_of, plain
+from ceg_kernels.triton.attention_problem import CASES, FEW, problem_of
 from ceg_kernels.triton.compile import TARGETS, Facts, Target, build, describe
 from ceg_kernels.triton.launch import record
 
-MODULES = {"fwd": attention, "bwd_dkdv": attention_backward, "bwd_dq": attention_backward}
+MODULES = {
+    "fwd": attention,
+    "decode": attention,
+    "bwd": attention_backward,
+    "bwd_dkdv": attention_backward,
+    "bwd_dq": attention_backward,
+}
+# Blocks of fewer keys than this write so much of dQ's partial sums that a second pass is cheaper:
+# a pair costs 10 D FLOPs and 8 D / keys bytes. The width of the elements decides on the FLOP/s.
+LEAST_KEYS = {16: 64, 32: 32}
+FEW_ROWS = {16: (64, 16), 32: (16,)}  # of decode: what attention_problem.FEW compiles
 
 
 def keys(target: Target) -> Iterator[Key]:
     """The keys of this target that the cases cover."""
     for kernel, module in MODULES.items():
-        names = (name for name, _ in module.compiled())
+        names = (name for name, _ in module.compiled() if _speaks_for(kernel, name))
         yield from dict.fromkeys(plain(_key(kernel, target, CASES[name])) for name in names)
+
+
+def _speaks_for(kernel: str, case: str) -> bool:
+    return (case in FEW) == (kernel == "decode")
 
 
 def _key(kernel: str, target: Target, args: tuple) -> Key:
     p = problem_of(*args[:9], *args[10:])
-    return key_of(kernel, target.gpu, p.constants, p.bits, p.mask)
+    mask = "other" if kernel == "decode" else p.mask
+    return key_of(kernel, target.gpu, p.constants, p.bits, mask)
 
 
 def _cases(key: Key, target: Target) -> list[str]:
     """The names of the calls that the key stands for."""
     found = {name: _key(key.kernel, target, args) for name, args in CASES.items()}
-    return [name for name, own in found.items() if key in (own, plain(own))]
+    return [
+        name
+        for name, own in found.items()
+        if key in (own, plain(own)) and _speaks_for(key.kernel, name)
+    ]
 
 
 def facts(key: Key, tile: Tile, target: Target) -> Iterator[Facts]:
     """What the key's calls become with this tile, the cheapest first to fail."""
     compiled = dict(MODULES[key.kernel].compiled())
     for case in _cases(key, target):
-        with record(target.gpu) as launches, forced({key.kernel: tile}):
+        with record(target.gpu) as launches, forced(alone(key, tile)):
             compiled[case]()
         for one in launches:
             if one.kernel.__name__ == f"attention_{key.kernel}_kernel":
                 yield describe(build(one, target), target, "attention", case)
+
+
+def alone(key: Key, tile: Tile) -> dict[str, Tile]:
+    """What to force so that the key's kernel runs with this tile."""
+    second = {"bwd": UNUSED} if key.kernel in ("bwd_dkdv", "bwd_dq") else {}
+    return {**second, key.kernel: tile}
 
 
 def fits(key: Key, tile: Tile) -> bool:
@@ -61,23 +86,46 @@ def candidates(key: Key) -> list[Tile]:
     """Tiles worth compiling, the largest first: each block is read once for a tile's rows."""
     rows = (128, 64, 32, 16) if key.bits == 16 else (64, 32, 16)
     stages = (2, 3, 1) if key.bits == 16 else (1,)
+    # A product in fp32 keeps rows of both operands in registers too; of the others few spill.
+    most = 100 if key.kernel == "bwd" and key.bits == 32 else 200
+    programs = {"bwd": 1, "decode": 2}.get(key.kernel, 0) * TARGETS[key.gpu].gpu.processors
     tiles = [
-        Tile(m, n, warps, stage)
+        Tile(m, n, warps, stage, programs)
         for m, n, warps, stage in itertools.product(rows, rows, (8, 4), stages)
-        if _registers(key, m, n) / (32 * warps) <= 200 and m * n >= 64 * 2 * warps
+        if _registers(key, m, n) / (32 * warps) <= most and m * n >= 64 * 2 * warps
+        if key.kernel != "bwd" or n >= LEAST_KEYS[key.bits]
+        if key.kernel != "decode" or (m in FEW_ROWS[key.bits] and n >= 32 and warps == 4)
     ]
-    return sorted(tiles, key=partial(_preference, key.kernel))
+    tiles.sort(key=partial(_preference, key.kernel))
+    return [*tiles, UNUSED] if key.kernel in ("bwd", "decode") else tiles
+
+
+def schedules(key: Key, tile: Tile) -> list[Tile]:
+    """The same tile as others would run it."""
+    if key.kernel not in ("bwd", "decode"):
+        return []
+    processors = TARGETS[key.gpu].gpu.processors
+    numbers = (processors, 2 * processors, 4 * processors) if tile != UNUSED else ()
+    tiles = [UNUSED, *(replace(tile, programs=n) for n in numbers)]
+    return [other for other in tiles if other != tile]
 
 
 def _registers(key: Key, m: int, n: int) -> float:
     """What the accumulators and scores of a tile need, in registers of the whole program."""
-    sums = {"fwd": m, "bwd_dkdv": 2 * n, "bwd_dq": m}[key.kernel] * key.head_dim
-    return sums + {"fwd": 1.5, "bwd_dkdv": 2.0, "bwd_dq": 2.5}[key.kernel] * m * n
+    sums = {"fwd": m, "decode": m, "bwd": 2 * n + m, "bwd_dkdv": 2 * n, "bwd_dq": m}[
+        key.kernel
+    ] * key.head_dim
+    return (
+        sums
+        + {"fwd": 1.5, "decode": 1.5, "bwd": 2.5, "bwd_dkdv": 2.0, "bwd_dq": 2.5}[key.kernel]
+        * m
+        * n
+    )
 
 
 def _preference(kernel: str, tile: Tile) -> tuple:
     # Rows that stay in the program decide how often the others are read again.
-    kept = tile.n if kernel == "bwd_dkdv" else tile.m
+    kept = tile.n if kernel in ("bwd", "bwd_dkdv") else tile.m
     return -tile.m * tile.n, -kept, -tile.warps, (2, 3, 1).index(tile.stages)
 
 
@@ -96,13 +144,17 @@ def arguments(key: Key, target: Target, device: str) -> tuple:
     def real(t: Any) -> Any:
         if not isinstance(t, torch.Tensor):
             return t
-        if not t.is_floating_point():  # cu_seqlens: sequences of equal length
-            rows = args[0].shape[0] // (t.numel() - 1)
-            return torch.arange(t.numel(), dtype=t.dtype, device=device) * rows
         return torch.randn(t.shape, generator=generator, device=device).to(t.dtype)
 
-    made = tuple(map(real, args))
-    if key.kernel == "fwd":
+    def cu(packed: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor | None:
+        if starts is None:
+            return None
+        rows = packed.shape[0] // (starts.numel() - 1)  # sequences of equal length
+        return torch.arange(starts.numel(), dtype=starts.dtype, device=device) * rows
+
+    q, k, v, cu_q, cu_k, *rest = args
+    made = *map(real, (q, k, v)), cu(q, cu_q), cu(k, cu_k), *map(real, rest)
+    if key.kernel in ("fwd", "decode"):
         return made
     out, lse = attention.forward(*made)
     return real(out), None, *made[:3], out, lse, *made[3:]
