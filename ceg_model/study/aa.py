@@ -16,7 +16,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy import stats as distributions
 
 from ceg_model.study import stats
 from ceg_model.study.stats import LEVEL, Array
@@ -41,7 +40,7 @@ def gate(by_cell: Mapping[str, Array]) -> dict[str, Any]:
     weight = float((z**2).sum())
     mean = float((z * y).sum()) / weight
     se = float(np.sqrt(max(float((y**2).sum()) - mean**2 * weight, 0.0) / df / weight))
-    half = float(distributions.t.ppf(0.5 + LEVEL / 2, df)) * se
+    half = stats.t_quantile(0.5 + LEVEL / 2, df) * se
     low, high = mean - half, mean + half
     passed = low <= 0 <= high
     sd = float(np.sqrt(stats.pooled_variance(groups)))

@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 from ceg_model.study import plots_gain, plots_loss, plots_parts, plots_speed, plots_sweep
 from ceg_model.study.plots_style import Plot, Results
 
+# One that a study has no data for says why instead.
+PLOTS: dict[str, Callable[[Results], Plot]] = {
+    "flops": partial(plots_loss.losses, axis="flops"),
+    "seconds": partial(plots_loss.losses, axis="seconds"),
+    "range": plots_gain.over_range,
+    "trends": plots_gain.trends,
+    "bars": plots_parts.bars,
+    "bundles": plots_parts.bundles,
+    "roofline": plots_speed.roofline,
+    "kernels": plots_speed.kernels,
+    "mfu": plots_speed.mfu,
+    "aa": plots_gain.aa,
+    "sweeps": plots_sweep.sweeps,
+}
+_shared: Results = {}  # what forked processes draw: they inherit it, where sending it takes seconds
+
 
 def draw(results: Results) -> dict[str, Plot]:
-    """Every plot by name; one that a study has no data for says why instead."""
-    return {
-        "flops": plots_loss.losses(results, "flops"),
-        "seconds": plots_loss.losses(results, "seconds"),
-        "range": plots_gain.over_range(results),
-        "trends": plots_gain.trends(results),
-        "bars": plots_parts.bars(results),
-        "bundles": plots_parts.bundles(results),
-        "roofline": plots_speed.roofline(results),
-        "kernels": plots_speed.kernels(results),
-        "mfu": plots_speed.mfu(results),
-        "aa": plots_gain.aa(results),
-        "sweeps": plots_sweep.sweeps(results),
-    }
+    """Every plot by name."""
+    return {name: plot(results) for name, plot in PLOTS.items()}
+
+
+@contextmanager
+def drawing(results: Results) -> Iterator[Callable[[], dict[str, Plot]]]:
+    """Draws in processes beside this one; what it yields waits for the plots.
+
+    Only on Linux, where a fork of a process with threads is safe as long as the child leaves the
+    libraries of those threads alone; elsewhere the plots are drawn when they are asked for.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores < 2:
+        yield partial(draw, results)
+        return
+    global _shared
+    _shared = results
+    try:
+        with multiprocessing.get_context("fork").Pool(min(cores, len(PLOTS))) as pool:
+            drawn = pool.map_async(_plot, PLOTS, chunksize=1)
+            yield lambda: dict(zip(PLOTS, drawn.get(), strict=True))
+    finally:
+        _shared = {}
+
+
+def _plot(name: str) -> Plot:
+    return PLOTS[name](_shared)

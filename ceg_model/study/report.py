@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from ceg_model.rundir import write_atomically
 from ceg_model.study import plots, tables, verdicts, words
 from ceg_model.study.plots_parts import PIECES, used_pieces
 from ceg_model.study.plots_speed import drawn, op_colours
-from ceg_model.study.plots_style import looks
+from ceg_model.study.plots_style import Plot, looks
 
+Drawn = Callable[[], Mapping[str, Plot]]
 HTML, JSON = "report.html", "results.json"
 
 # The markers of matplotlib as paths about (13, 6), for the legend of the page.
@@ -45,7 +47,9 @@ PIECE_WORDS = {
 def write_report(results: dict[str, Any], out: Path) -> Path:
     """Writes report.html and results.json below `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    text, page = _lines(results), render(results)
+    with plots.drawing(results) as drawn:
+        text = _lines(results)
+        page = render(results, drawn)
     write_atomically(out / JSON, text)
     write_atomically(out / HTML, page)
     return out / HTML
@@ -67,8 +71,11 @@ def _lines(results: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def render(results: dict[str, Any]) -> str:
-    """The page as text. No script, no font, no image from elsewhere."""
+def render(results: dict[str, Any], drawn: Drawn | None = None) -> str:
+    """The page as text. No script, no font, no image from elsewhere.
+
+    `drawn` gives plots that are being drawn already.
+    """
     environment = Environment(
         # The style sheet is the one of the page that `ceg roofline` writes.
         loader=ChoiceLoader(
@@ -90,7 +97,7 @@ def render(results: dict[str, Any]) -> str:
         gids={arm: look.gid for arm, look in looks(results).items()},
         found=verdicts.found(results),
         undecided=verdicts.undecided(results),
-        plots=_plots(results),
+        plots=_plots(drawn() if drawn else plots.draw(results)),
         pieces=_pieces(results),
         untimed=any(
             cell["status"] == "ok" and not cell.get("g_time")
@@ -109,11 +116,11 @@ def render(results: dict[str, Any]) -> str:
     )
 
 
-def _plots(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _plots(drawn: Mapping[str, Plot]) -> dict[str, dict[str, Any]]:
     return {
         # The SVGs are ours; every text in them was escaped by matplotlib.
         name: {"panels": [Markup(svg) for svg in plot.panels], "why": plot.why, "arms": plot.arms}
-        for name, plot in plots.draw(results).items()
+        for name, plot in drawn.items()
     }
 
 

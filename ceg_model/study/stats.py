@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +45,14 @@ class Interval:
         return float(np.exp(self.low)), float(np.exp(self.high))
 
 
+@lru_cache(maxsize=1024)
+def t_quantile(p: float, df: float) -> float:
+    """Of Student's t: a report asks thousands of times for a few of them."""
+    return float(stats.t.ppf(p, df))
+
+
 def _interval(mean: float, se: float, df: float, method: str, level: float) -> Interval:
-    half = float(stats.t.ppf(0.5 + level / 2, df)) * se
+    half = t_quantile(0.5 + level / 2, df) * se
     return Interval(mean, mean - half, mean + half, df, method)
 
 
@@ -121,7 +128,7 @@ def bca(
     asked = level
     if expand:
         n = sum(g.size for g in groups)
-        wide = np.sqrt(n / df) * stats.t.ppf(0.5 + level / 2, df)
+        wide = np.sqrt(n / df) * t_quantile(0.5 + level / 2, df)
         asked = float(2 * stats.norm.cdf(wide) - 1)
 
     def mean(*samples: Array, axis: int = -1) -> Array:
@@ -146,7 +153,7 @@ def half_width(sd: float, seeds: int, df: float = np.inf, *, cells: int = 1) -> 
 
     sd is that of one run, known with df degrees of freedom; the mean over `cells` is narrower.
     """
-    return float(stats.t.ppf(0.5 + LEVEL / 2, df)) * sd * float(np.sqrt(2 / seeds / cells))
+    return t_quantile(0.5 + LEVEL / 2, df) * sd * float(np.sqrt(2 / seeds / cells))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats as distributions
 
 from ceg_model.study import stats
 from ceg_model.study.stats import BCA_FROM, LEVEL, Array
@@ -50,7 +49,7 @@ class Trend:
 
 def slope_of(x: Array, y: Array, weights: Array | None = None) -> float:
     w = np.ones_like(x) if weights is None else weights
-    centred = x - np.average(x, weights=w)
+    centred = x - (w * x).sum() / w.sum()
     return float((w * centred * y).sum() / (w * centred**2).sum())
 
 
@@ -86,7 +85,7 @@ def classify(groups: Sequence[tuple[Array, Array]], margin: float = MARGIN) -> T
     df = x.size - 2
     residual = y - intercept - slope * x
     se = float(np.sqrt((w * residual**2).sum() / df / (w * (x - middle) ** 2).sum()))
-    half = float(distributions.t.ppf(0.5 + LEVEL / 2, df)) * se
+    half = stats.t_quantile(0.5 + LEVEL / 2, df) * se
     few = None
     if min(sizes) < MIN_SEEDS:
         # One odd baseline seed moves all arms of a scale; two seeds cannot show which is odd.
