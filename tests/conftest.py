@@ -45,14 +45,8 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Reports name the CUDA kernel that a test runs on a GPU, for tools/validation.py."""
     params = getattr(item, "callspec", None) and item.callspec.params
-    if params and (kernel := kernel_on_gpu(params, torch.cuda.is_available())) is not None:
+    if params and (kernel := cuda_sim.kernel_on_gpu(params, torch.cuda.is_available())) is not None:
         item.user_properties.append(("cuda_kernel", kernel))
-
-
-def kernel_on_gpu(params: dict[str, Any], there_is_a_gpu: bool) -> str | None:
-    op, backend = (getattr(params.get(n), "name", params.get(n)) for n in ("op", "backend"))
-    on_gpu = there_is_a_gpu and params.get("device", "cuda") == "cuda"
-    return op if on_gpu and backend == "cuda" else None
 
 
 @pytest.fixture(autouse=True)

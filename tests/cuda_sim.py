@@ -123,3 +123,10 @@ class Elsewhere:
         ctypes.c_int32.from_address(managed + 8).value = self.device[0]
         ctypes.c_int32.from_address(managed + 12).value = self.device[1]
         return capsule
+
+
+def kernel_on_gpu(params: dict[str, Any], there_is_a_gpu: bool) -> str | None:
+    """The CUDA kernel that a test with these parameters runs on a GPU, not in the simulator."""
+    op, backend = (getattr(params.get(n), "name", params.get(n)) for n in ("op", "backend"))
+    on_gpu = there_is_a_gpu and params.get("device", "cuda") == "cuda"
+    return op if on_gpu and backend == "cuda" else None

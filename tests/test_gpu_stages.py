@@ -16,9 +16,9 @@ from pathlib import Path
 import cuda_sim
 import pytest
 import torch
+from cuda_sim import kernel_on_gpu
 
 from ceg_kernels import OPS
-from conftest import kernel_on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
