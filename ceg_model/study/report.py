@@ -20,7 +20,7 @@ from ceg_model.study.plots_parts import PIECES, used_pieces
 from ceg_model.study.plots_speed import drawn, op_colours
 from ceg_model.study.plots_style import Plot, looks
 
-Drawn = Callable[[], Mapping[str, Plot]]
+Plotted = Callable[[], Mapping[str, Plot]]
 HTML, JSON = "report.html", "results.json"
 
 # The markers of matplotlib as paths about (13, 6), for the legend of the page.
@@ -47,16 +47,16 @@ PIECE_WORDS = {
 def write_report(results: dict[str, Any], out: Path) -> Path:
     """Writes report.html and results.json below `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    with plots.drawing(results) as drawn:
+    with plots.drawing(results) as plotted:
         text = _lines(results)
-        page = render(results, drawn)
+        page = render(results, plotted)
     write_atomically(out / JSON, text)
     write_atomically(out / HTML, page)
     return out / HTML
 
 
 def _lines(results: dict[str, Any]) -> str:
-    """JSON with an item of each part on a line: `indent` takes four times as long, and the room."""
+    """JSON with an item of each part on a line: `indent` gives every number of a curve its own."""
     dumps = partial(json.dumps, allow_nan=False)
     parts = []
     for name, part in results.items():
@@ -71,10 +71,10 @@ def _lines(results: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def render(results: dict[str, Any], drawn: Drawn | None = None) -> str:
+def render(results: dict[str, Any], plotted: Plotted | None = None) -> str:
     """The page as text. No script, no font, no image from elsewhere.
 
-    `drawn` gives plots that are being drawn already.
+    `plotted` gives plots that are being drawn already.
     """
     environment = Environment(
         # The style sheet is the one of the page that `ceg roofline` writes.
@@ -97,7 +97,7 @@ def render(results: dict[str, Any], drawn: Drawn | None = None) -> str:
         gids={arm: look.gid for arm, look in looks(results).items()},
         found=verdicts.found(results),
         undecided=verdicts.undecided(results),
-        plots=_plots(drawn() if drawn else plots.draw(results)),
+        plots=_plots(plotted() if plotted else plots.draw(results)),
         pieces=_pieces(results),
         untimed=any(
             cell["status"] == "ok" and not cell.get("g_time")
@@ -116,11 +116,11 @@ def render(results: dict[str, Any], drawn: Drawn | None = None) -> str:
     )
 
 
-def _plots(drawn: Mapping[str, Plot]) -> dict[str, dict[str, Any]]:
+def _plots(plotted: Mapping[str, Plot]) -> dict[str, dict[str, Any]]:
     return {
         # The SVGs are ours; every text in them was escaped by matplotlib.
         name: {"panels": [Markup(svg) for svg in plot.panels], "why": plot.why, "arms": plot.arms}
-        for name, plot in drawn.items()
+        for name, plot in plotted.items()
     }
 
 
