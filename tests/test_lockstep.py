@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ceg_kernels import OPS, use_backend
-from ceg_model.study.lockstep import BATCHES, common_clock, in_turn, rate_gains
+from ceg_model.study.lockstep import BATCHES, common_clock, in_turn, log_stretches
 
 
 def steps(log, name, begin, end, error=None):
@@ -93,9 +93,9 @@ def test_without_drift_the_common_clock_is_the_raw_one():
     np.testing.assert_allclose(common_clock(raw), raw, rtol=1e-12)
 
 
-def test_rate_gains_are_batch_means_of_the_ratio():
+def test_log_stretches_are_batch_means_of_the_ratio():
     clock = common_clock(Machine(np.array([1.0, 0.5, 2.0])).seconds())
-    logs = rate_gains(clock[0], clock[1])
+    logs = log_stretches(clock[0]) - log_stretches(clock[1])
     assert logs.size == BATCHES
     assert logs.mean() == pytest.approx(np.log(2), abs=0.02)
     assert logs.std(ddof=1) / np.sqrt(BATCHES) < 0.01

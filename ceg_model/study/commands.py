@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -142,6 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    gc.disable()  # 10,000 runs are a million objects, all of them needed until the end
     from ceg_model.study.collect import collect
     from ceg_model.study.report import write_report
     from ceg_model.study.store import Store

@@ -7,6 +7,7 @@ first crossing of the target, linear in (ln C, L) between two evaluations. Nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,18 +60,23 @@ def loss_at(curve: Curve, flops: float, *, best: bool) -> float:
 
 def first_at_or_below(curve: Curve, targets: Array) -> NDArray[np.int64]:
     """Index of the first evaluation whose running minimum is at or below each target; n if none."""
-    return np.searchsorted(-curve.running_minimum, -targets, side="left")
+    return np.searchsorted(curve.negated_minimum, -targets, side="left")
 
 
 def log_flops_at(curve: Curve, targets: Array) -> Array:
     """ln C at each target; NaN where it is not reached or reached too early to be trusted."""
     index = first_at_or_below(curve, targets)
     usable = (index >= MIN_EVALS_BEFORE) & (index < curve.loss.size)
-    at = np.where(usable, index, 1)
+    found = np.full(targets.shape, np.nan)
+    found[usable] = _between(curve, index[usable], targets[usable])
+    return found
+
+
+def _between(curve: Curve, at: Any, target: Any) -> Any:
+    """ln C at `target`, which evaluation `at` reaches first: the one before lies above it."""
     low, x = curve.running_minimum, curve.log_flops
-    drop = low[at - 1] - low[at]
-    part = np.divide(low[at - 1] - targets, drop, out=np.zeros_like(drop), where=drop > 0)
-    return np.where(usable, x[at - 1] + part * (x[at] - x[at - 1]), np.nan)
+    before, start = low[at - 1], x[at - 1]
+    return start + (before - target) / (before - low[at]) * (x[at] - start)
 
 
 def cross(curve: Curve, target: float) -> Crossing:
@@ -85,8 +91,7 @@ def cross(curve: Curve, target: float) -> Crossing:
             f"{MIN_EVALS_BEFORE} before it are needed: evaluate more often"
         )
         return Crossing(refusals=(reason,))
-    log_flops = float(log_flops_at(curve, np.array([target]))[0])
-    flops = float(np.exp(log_flops))
+    flops = float(np.exp(_between(curve, index, target)))
     seconds = None
     if curve.seconds is not None:
         # The rate hardly changes between two evaluations, so seconds are linear in FLOPs.

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 
 # What must agree between two arms before their losses or FLOPs may be compared.
 IDENTITY = ("data", "eval_set", "tokenizer", "flop_convention")
+GROWING = ("flops", "seconds", "executed_flops")
 NUMBERS = ("flops", "step", "loss", "seconds", "tokens", "lr", "executed_flops")
 
 
@@ -57,6 +58,11 @@ class Curve:
     @cached_property
     def running_minimum(self) -> Array:
         return np.minimum.accumulate(self.loss)
+
+    @cached_property
+    def negated_minimum(self) -> Array:
+        """It never falls, as a search needs."""
+        return -self.running_minimum
 
 
 def make_curve(
@@ -100,9 +106,13 @@ def make_curve(
 
 
 def _problems(columns: dict[str, Array | None], where: NDArray[Any], word: str) -> Iterable[str]:
-    for name, column in columns.items():
-        if column is None:
-            continue
+    present = {name: column for name, column in columns.items() if column is not None}
+    growing = [present[name] for name in GROWING if name in present]
+    values = np.array(list(present.values()))
+    # Nearly always all is well, which is quickly seen; a NaN is not at or above 0.
+    if ((values >= 0) & (values < np.inf)).all() and all((g[1:] > g[:-1]).all() for g in growing):
+        return
+    for name, column in present.items():
         bad = ~np.isfinite(column)
         if bad.any():
             yield f"{name} is {column[bad][0]} at {word} {where[bad][0]}"
@@ -110,7 +120,7 @@ def _problems(columns: dict[str, Array | None], where: NDArray[Any], word: str) 
         if (column < 0).any():
             first = int(np.argmax(column < 0))
             yield f"{name} is negative ({column[first]:g}) at {word} {where[first]}"
-        if name in ("flops", "seconds", "executed_flops"):
+        if name in GROWING:
             back = np.diff(column) < 0 if name == "seconds" else np.diff(column) <= 0
             if back.any():
                 first = int(np.argmax(back)) + 1

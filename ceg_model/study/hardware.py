@@ -15,7 +15,7 @@ import numpy as np
 from ceg_model.flops import model_flops
 from ceg_model.mfu import AbovePeakError, mfu
 from ceg_model.study import stats
-from ceg_model.study.lockstep import rate_gains
+from ceg_model.study.lockstep import log_stretches
 from ceg_model.study.plan import Plan, RunSpec, Scale, backends_of, train_config
 
 Rates = Mapping[tuple[str, str], "Rate"]
@@ -46,14 +46,15 @@ def rates(
         if run in clocks and s.train.backend == backends_of(s.arm, ours)
     }
     work = {(s.scale, s.arm): _flops_per_step(s) for _, s in place.values()}
+    taken = {run: log_stretches(clocks[run]) for run, _ in place.values()}
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
     base_rates: dict[tuple[str, str], list[float]] = {}
     for (scale, seed, arm), (run, spec) in place.items():
         base, base_spec = place.get((scale, seed, plan.baseline), (None, spec))
         if base is not None:
             base_work = work[scale, plan.baseline]
-            gains = rate_gains(clocks[base], clocks[run])
-            logs.setdefault((scale, arm), []).append(gains + np.log(work[scale, arm] / base_work))
+            more_work = np.log(work[scale, arm] / base_work)
+            logs.setdefault((scale, arm), []).append(taken[base] - taken[run] + more_work)
             rate = base_work * base_spec.train.steps / clocks[base][-1]
             base_rates.setdefault((scale, arm), []).append(rate)
     found = {key: stats.t_interval(np.concatenate(parts)) for key, parts in logs.items()}

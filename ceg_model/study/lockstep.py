@@ -80,12 +80,14 @@ def common_clock(seconds: Array) -> Array:
     return np.cumsum(taken / (speed / speed.mean()), axis=1)
 
 
-def rate_gains(base: Array, variant: Array) -> Array:
-    """ln of base's seconds over variant's, in BATCHES stretches of their rounds.
+def log_stretches(seconds: Array) -> Array:
+    """ln of the seconds in each of BATCHES stretches of a run's rounds.
 
-    base, variant: cumulative seconds (rounds,) on the common clock. Stretches are long against the
-    machine's bursts, so they are a sample (the method of batch means) where rounds are not.
+    seconds: cumulative (rounds,), on the common clock. Stretches are long against the machine's
+    bursts, so that those of one run less those of another are a sample of ln of their ratio (the
+    method of batch means) where rounds are not.
     """
-    ends = np.linspace(0, base.size, min(BATCHES, base.size) + 1).astype(int)[1:] - 1
-    taken = [np.diff(seconds[ends], prepend=0.0) for seconds in (base, variant)]
-    return np.log(taken[0] / taken[1])
+    ends = np.linspace(0, seconds.size, min(BATCHES, seconds.size) + 1).astype(int)[1:] - 1
+    taken = seconds[ends]
+    taken[1:] -= taken[:-1].copy()
+    return np.log(taken)

@@ -16,7 +16,7 @@ from typing import Any
 from ceg_model.study.innovations import twin
 from ceg_model.study.plan import Plan, RunSpec, Scale, run_spec
 from ceg_model.study.sweep import Choice, choose
-from ceg_model.train import run_id
+from ceg_model.train import run_ids
 
 Index = Mapping[str, Mapping[str, Any]]
 
@@ -60,17 +60,18 @@ def schedule(
     rates: dict[tuple[str, str], float | None] = {}
 
     # Seeds differ in nothing else, and checking a config takes longer than all the rest.
-    first: dict[tuple[Any, ...], RunSpec] = {}
+    first: dict[tuple[Any, ...], tuple[RunSpec, Callable[[int], str]]] = {}
 
     def spec_of(
         arm: str, scale: Scale, seed: int, *, donor: str = "", **more: Any
     ) -> tuple[str, RunSpec]:
         like = arm, scale.name, *more.items()
         if like not in first:
-            first[like] = run_spec(plan, arm, scale, 0, ours=ours, vocab_size=vocab_size, **more)
-        spec = first[like]
+            spec = run_spec(plan, arm, scale, 0, ours=ours, vocab_size=vocab_size, **more)
+            first[like] = spec, run_ids(spec.model, spec.train, data_hash)
+        spec, run_of = first[like]
         spec = replace(spec, seed=seed, train=replace(spec.train, seed=seed), donor=donor)
-        return run_id(spec.model, spec.train, data_hash), spec
+        return run_of(seed), spec
 
     for scale in reversed(plan.scales) if plan.sweep else ():
         for arm in filter(plan.tunes, plan.arms):
