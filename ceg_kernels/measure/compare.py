@@ -94,7 +94,7 @@ def _rows(text: str) -> Iterator[tuple[dict[str, Any], Sequence[float] | None]]:
         whole = None  # several lines
     if isinstance(whole, dict) and "benchmarks" in whole:
         for one in whole["benchmarks"]:
-            if one["extra_info"]:  # benchmarks of no single op have none
+            if "op" in one["extra_info"]:  # not in benchmarks of several together
                 yield one["extra_info"], one["stats"].get("data")
     else:
         for line in text.splitlines():
