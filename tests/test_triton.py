@@ -301,3 +301,17 @@ def test_an_unknown_target_is_named(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match=r"target must be one of sm_80, sm_90, .*, got 'sm_70'"):
         list(report(["sm_70"]))
+
+
+def test_the_host_pays_for_as_few_launches_as_there_are_kernels():
+    done = subprocess.run(
+        [sys.executable, "tools/launch_overhead.py", "--json"], cwd=ROOT, capture_output=True,
+        text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row.pop("call"): row for row in map(json.loads, done.stdout.splitlines())}
+    assert {call: row["launches"] for call, row in rows.items()} == {
+        "rms_norm": 1, "rope": 1, "attention": 1, "attention, one query": 1,
+        "attention backward": 3,
+    }  # fmt: skip
+    assert all(0 < row["triton_us"] < row["host_us"] for row in rows.values())

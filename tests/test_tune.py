@@ -62,25 +62,25 @@ def test_a_table_is_read_as_it_was_written(config, tmp_path):
 def test_gpus_without_rows_use_those_of_another(config, arch, warp, row):
     from ceg_kernels.triton.launch import Gpu
 
-    sizes = {"BLOCK_D": 64, "BLOCK_DV": 128}
-    key = config.key_of("fwd", Gpu(arch, warp, 100), sizes, 16, "causal")
+    key = config.key_of("fwd", Gpu(arch, warp, 100), 128, 16, "causal")
     assert key == config.Key("fwd", row, 128, 16, "causal")
-    tile = config.tile_of("fwd", Gpu(arch, warp, 100), sizes, 16, "causal")
+    tile = config.tile_of("fwd", Gpu(arch, warp, 100), 128, 16, "causal")
     assert tile == config.rows()[config.plain(key)][0]
 
 
 def test_a_measured_row_goes_before_that_for_any_plain_mask(config, monkeypatch):
     from ceg_kernels.triton.launch import Gpu
 
-    gpu, sizes = Gpu("sm_90", 32, 132), {"BLOCK_D": 128, "BLOCK_DV": 128}
+    gpu = Gpu("sm_90", 32, 132)
     own, other = config.Tile(64, 32, 4, 1), config.Tile(32, 32, 4, 1)
     tiles = {**config._tiles(), config.Key("fwd", "sm_90", 128, 16, "causal"): own}
     monkeypatch.setattr(config, "_tiles", lambda: tiles)
-    assert config.tile_of("fwd", gpu, sizes, 16, "causal") == own
-    assert config.tile_of("fwd", gpu, sizes, 16, "full") != own
+    monkeypatch.setattr(config, "_tabled", config._tabled.__wrapped__)  # not what it remembers
+    assert config.tile_of("fwd", gpu, 128, 16, "causal") == own
+    assert config.tile_of("fwd", gpu, 128, 16, "full") != own
     with config.forced({"fwd": other}):
-        assert config.tile_of("fwd", gpu, sizes, 16, "causal") == other
-        assert config.tile_of("bwd_dq", gpu, sizes, 16, "causal") != other
+        assert config.tile_of("fwd", gpu, 128, 16, "causal") == other
+        assert config.tile_of("bwd_dq", gpu, 128, 16, "causal") != other
 
 
 def test_few_queries_take_small_tiles(config):
@@ -185,7 +185,7 @@ def test_a_tile_with_wrong_results_is_not_timed(config, tune, monkeypatch):
 
     def spoiled(*args):
         out, lse = run(*args)
-        tile = config.tile_of("fwd", None, {}, 16, "causal")
+        tile = config.tile_of("fwd", None, 64, 16, "causal")
         return out * (1.01 if tile == wrong else 1.0), lse
 
     with monkeypatch.context() as patch:

@@ -90,9 +90,11 @@ def _tiles() -> dict[Key, Tile]:
     return {key: tile for key, (tile, _) in rows().items()}
 
 
-def key_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask: str) -> Key:
-    """The key of a call: its GPU as it is called in the table, or the one with least memory."""
-    size = max(constants["BLOCK_D"], constants["BLOCK_DV"])
+def key_of(kernel: str, gpu: Gpu, size: int, bits: int, mask: str) -> Key:
+    """The key of a call: its GPU as it is called in the table, or the one with least memory.
+
+    size: the larger of BLOCK_D and BLOCK_DV.
+    """
     head_dim = 64 if size <= 64 else 128 if size <= 128 else 256
     arch = ALIKE.get(gpu.arch, gpu.arch)
     if Key("fwd", arch, 64, 16, "plain") not in _tiles():
@@ -105,13 +107,18 @@ def plain(key: Key) -> Key:
     return replace(key, mask="plain") if key.mask in ("causal", "full") else key
 
 
-def tile_of(kernel: str, gpu: Gpu, constants: Mapping[str, Any], bits: int, mask: str) -> Tile:
-    """The tile of a call; where it was not measured, that for any plain mask."""
+def tile_of(kernel: str, gpu: Gpu, size: int, bits: int, mask: str) -> Tile:
+    """The tile of a call; where it was not measured, that for any plain mask. size: see key_of."""
     if (given := _FORCED.get()) is not None and kernel in given:
         return given[kernel]
     if gpu.arch == "interpreter":
         return INTERPRETED.get(kernel, Tile(64, 64, 4, 1))
-    key = key_of(kernel, gpu, constants, bits, mask)
+    return _tabled(kernel, gpu, size, bits, mask)
+
+
+@functools.cache  # a call asks for two tiles, and building keys takes longer than finding them
+def _tabled(kernel: str, gpu: Gpu, size: int, bits: int, mask: str) -> Tile:
+    key = key_of(kernel, gpu, size, bits, mask)
     found = _tiles().get(key) or _tiles().get(plain(key))
     if found is None and kernel in ("decode", "bwd"):
         return UNUSED

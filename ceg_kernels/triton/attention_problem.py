@@ -3,6 +3,8 @@ that are compiled ahead of time."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +32,16 @@ class Problem:
     right: int
     mask: str  # causal, full or other: as attention_config.py tells them apart
     bits: int  # of an element
-    constants: dict[str, Any]  # of every kernel
+    constants: Mapping[str, Any]  # of every kernel
 
     def tile(self, kernel: str, gpu: Gpu) -> Tile:
         mask = "other" if kernel == "decode" else self.mask  # it has the masks in every block
-        return tile_of(kernel, gpu, self.constants, self.bits, mask)
+        return tile_of(kernel, gpu, self.size, self.bits, mask)
+
+    @property
+    def size(self) -> int:
+        """The head_dim that tiles are chosen by."""
+        return max(self.constants["BLOCK_D"], self.constants["BLOCK_DV"])
 
     @property
     def slopes_stride(self) -> int:
@@ -54,26 +61,35 @@ def problem_of(
     if packed or slopes is not None or softcap > 0:
         mask = "other"
     d, dv = q.shape[-1], v.shape[-1]
-    constants = {
-        "D": d, "DV": dv, "GROUP": q.shape[-2] // k.shape[-2],
-        # A matrix instruction sums over 16 or more.
-        "BLOCK_D": max(16, next_power_of_2(d)),
-        "BLOCK_DV": max(16, next_power_of_2(dv)),
-        "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "CAPPED": softcap > 0,
-    }  # fmt: skip
+    group = q.shape[-2] // k.shape[-2]
     return Problem(
         batch=cu_q.numel() - 1 if packed else q.shape[0],
         n_q=max_q if packed else q.shape[1],
         n_k=max_k if packed else k.shape[1],
         cu_q=cu_q, cu_k=cu_k, slopes=_single(slopes), sink=_single(sink),
         left=min(left, MOST - 2**16), right=min(right, MOST - 2**16),
-        mask=mask, bits=8 * q.element_size(), constants=constants,
+        mask=mask, bits=8 * q.element_size(),
+        constants=_constants(d, dv, group, left >= 0, right >= 0, softcap > 0),
     )  # fmt: skip
+
+
+@functools.cache
+def _constants(
+    d: int, dv: int, group: int, has_left: bool, has_right: bool, capped: bool
+) -> Mapping[str, Any]:
+    return {
+        "D": d, "DV": dv, "GROUP": group,
+        # A matrix instruction sums over 16 or more.
+        "BLOCK_D": max(16, next_power_of_2(d)),
+        "BLOCK_DV": max(16, next_power_of_2(dv)),
+        "HAS_LEFT": has_left, "HAS_RIGHT": has_right, "CAPPED": capped,
+    }  # fmt: skip
 
 
 def strides(t, packed: bool) -> tuple[int, int, int]:
     """Of sequence, row and head; packed sequences lie behind each other's rows."""
-    return (0 if packed else t.stride(0)), t.stride(-3), t.stride(-2)
+    *batch, row, head, _ = t.stride()
+    return (0 if packed else batch[0]), row, head
 
 
 def lse_strides(lse, packed: bool) -> tuple[int, int]:
@@ -90,13 +106,16 @@ def described(tensors, rows: int, p: Problem, gpu: Gpu) -> list[TensorDescriptor
     if not gpu.has_descriptors:
         return [None] * len(tensors)
     found: list[TensorDescriptor | None] = []
+    if p.bits != 16:
+        return [None] * len(tensors)
     for t in tensors:
         t4 = (t if t.dim() == 4 else t[None]).transpose(1, 2)
-        width = p.constants["BLOCK_D" if t.shape[-1] == p.constants["D"] else "BLOCK_DV"]
-        apart = [s * t.element_size() % 16 == 0 and s > 0 for s in t4.stride()[:-1]]
-        if t.element_size() != 2 or t.data_ptr() % 16 or not all(apart) or not t.numel():
+        shape, stride = t4.shape, t4.stride()
+        apart = min(stride[:-1]) > 0 and not (stride[0] | stride[1] | stride[2]) % 8
+        if not apart or t.data_ptr() % 16 or not t.numel():
             return [None] * len(tensors)
-        found.append(TensorDescriptor.from_tensor(t4, [1, 1, rows, width]))
+        width = p.constants["BLOCK_D" if shape[-1] == p.constants["D"] else "BLOCK_DV"]
+        found.append(TensorDescriptor(t4, list(shape), list(stride), [1, 1, rows, width]))
     return found
 
 

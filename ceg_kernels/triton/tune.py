@@ -47,7 +47,7 @@ def _speaks_for(kernel: str, case: str) -> bool:
 def _key(kernel: str, target: Target, args: tuple) -> Key:
     p = problem_of(*args[:9], *args[10:])
     mask = "other" if kernel == "decode" else p.mask
-    return key_of(kernel, target.gpu, p.constants, p.bits, mask)
+    return key_of(kernel, target.gpu, p.size, p.bits, mask)
 
 
 def _cases(key: Key, target: Target) -> list[str]:
