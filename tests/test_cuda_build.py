@@ -168,13 +168,15 @@ def test_attention_for_hopper_multiplies_by_warpgroups_what_the_copy_engine_brin
         pytest.skip("built without sm_90a")
     names = r"attention_sm90_(fwd|bwd_dkdv|bwd_dq)_kernel"
     ours = [u for u in shipped() if re.search(names, u.symbol) and u.arch == "sm_90a"]
-    assert len(ours) == 24  # three kernels, two types, two head_dims, plain logits or any
+    # Three kernels, two types, plain logits or any; three head_dims, two of the backward's.
+    assert len(ours) == (3 + 2 + 2) * 2 * 2
     assert all(u.registers == 65536 // 384 // 8 * 8 for u in ours)
     bodies = machine_code(str(native._C.__file__), "sm_90a", {u.symbol for u in ours})
     for symbol, body in bodies.items():
         forward, of_keys = "_fwd_" in symbol, "_dkdv_" in symbol
-        dots, gradient = 64 if of_keys else 128, 64 if "Li64E" in symbol else 128
-        wanted = [f"HGMMA.64x{n}x16.F32" for n in (dots, gradient)]
+        head_dim = int(re.search(r"Li(\d+)E", symbol)[1])
+        dots = 64 if of_keys or head_dim > 128 else 128
+        wanted = [f"HGMMA.64x{n}x16.F32" for n in (dots, head_dim)]
         wanted += ["UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "SYNCS.PHASECHK"]
         if forward:
             wanted += ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]

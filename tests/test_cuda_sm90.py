@@ -25,6 +25,7 @@ SM90 = {
     op: [name.replace("attention_", "attention_sm90_") for name in names]
     for op, names in SM80.items()
 }
+WIDEST = {"attention": 256, "attention_backward": 128}  # head_dim
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def launched(module):
 
 def expected_kernels(op, sample):
     q, k, v = sample.args[:3] if op == "attention" else sample.args[2:5]
-    wide = max(q.shape[-1], v.shape[-1]) > 128
+    wide = max(q.shape[-1], v.shape[-1]) > WIDEST[op]
     return (SM80 if wide or k.numel() == 0 else SM90)[op]
 
 
@@ -99,12 +100,35 @@ def test_many_tiles_on_few_and_on_many_multiprocessors(sim, module, hopper, d, f
         assert compare(OPS[op], alone[i], alone[i - 1]) <= 1
 
 
-def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper):
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize(("d", "dv"), [(256, 256), (192, 128), (64, 200)])
+def test_many_tiles_of_wide_heads(sim, module, hopper, d, dv, flags):
+    """The forward alone; its blocks have half as many keys there."""
+    cu_q = torch.tensor([0, 1, 140, 300], dtype=torch.int32)
+    cu_k = torch.tensor([0, 70, 75, 370], dtype=torch.int32)
+    q, k, v = normal(300, 2, d), normal(370, 1, d, seed=2), normal(370, 1, dv, seed=3)
+    rest = tail(300, 370, scale=d**-0.5, **FLAGS[flags])
+    for args in (
+        (q[None], k[None], v[None], *rest),
+        (q, k, v, cu_q, cu_k, 160, 295, *rest[4:]),
+    ):
+        hopper(multiprocessors=40, order="shuffled")
+        alone = sim("attention").run(*args)
+        hopper(multiprocessors=1)
+        again = sim("attention").run(*args)
+        assert launched(module) == SM90["attention"]
+        for a, b in zip(again, alone, strict=True):
+            assert torch.equal(bits(a), bits(b))
+        assert compare(OPS["attention"], alone, args) <= 1
+
+
+@pytest.mark.parametrize("d", [72, 200])
+def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper, d):
     """NaN beyond the last row, beyond head_dim, and in the other sequences of a packed batch."""
-    room = torch.full((4, 300, 4, 80), torch.nan, dtype=torch.bfloat16)
-    own = [room[i, :177, 1:3, :72] for i in range(4)]
+    room = torch.full((4, 300, 4, d + 8), torch.nan, dtype=torch.bfloat16)
+    own = [room[i, :177, 1:3, :d] for i in range(4)]
     for i, t in enumerate(own):
-        t.copy_(normal(177, 2, 72, seed=i))
+        t.copy_(normal(177, 2, d, seed=i))
     rest = tail(177, 177, causal=True)
     run, backward = sim("attention").run, sim("attention_backward").run
     q, k, v, dout = (t[None].clone() for t in own)
@@ -119,7 +143,7 @@ def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper):
         assert torch.equal(a, b)
 
     cu = torch.tensor([0, 20, 197, 300], dtype=torch.int32)
-    packed = [torch.full((300, 2, 72), torch.nan, dtype=torch.bfloat16) for _ in own]
+    packed = [torch.full((300, 2, d), torch.nan, dtype=torch.bfloat16) for _ in own]
     for t, inside in zip(packed, own, strict=True):
         t[20:197] = inside
     q, k, v, dout = packed
@@ -149,12 +173,23 @@ def test_nan_goes_where_it_is_seen_and_nowhere_else(sim, hopper):
     assert dv[0, 191:].isnan().all()
 
 
+def test_only_the_backward_of_wide_heads_is_left_to_sm_80(sim, module, hopper):
+    q, k, v = normal(1, 20, 1, 64), normal(1, 20, 1, 64, seed=1), normal(1, 20, 1, 136)
+    lengths, rest = (None, None, 20, 20), tail(20, 20)[4:]
+    assert module.attention_fwd_sm90_why_not(q, k, v, *lengths) == ""
+    forward = sim("attention").run(q, k, v, *lengths, *rest)
+    assert launched(module) == SM90["attention"]
+    why = module.attention_bwd_sm90_why_not(v, q, k, v, *lengths)
+    assert why == "needs head_dim <= 128, got 136"
+    sim("attention_backward").run(v, None, q, k, v, *forward, *lengths, *rest)
+    assert launched(module) == SM80["attention_backward"]
+
+
 def test_what_it_cannot_do_the_kernels_for_sm_80_do(sim, module, hopper):
     q, k = normal(2, 20, 2, 64), normal(1, 20, 2, 64, seed=1)
     run, backward = sim("attention").run, sim("attention_backward").run
     expanded = k.expand(2, -1, -1, -1)
     cases = {
-        "needs head_dim <= 128, got 136": (90, (normal(2, 20, 1, 136),) * 3),
         "k needs strides of a positive multiple of 16 bytes below 2^40, got 0": (
             90, (q, expanded, expanded)),
         "k needs 1 to 2^32 items in each dimension, got 0": (90, (q, q[:, :0], q[:, :0])),
@@ -185,17 +220,19 @@ def test_address_sanitizer_is_silent():
         "for op in ('attention', 'attention_backward'):\n"
         "    run = partial(OPS[op].backend('cuda').run.func, launch=native.Cuda(sim))\n"
         "    for s in OPS[op].samples(torch.bfloat16, 'cpu'):\n"
-        "        if s.name in ('gqa 4/2 D80', 'causal 257', 'varlen everything', 'packed qkv'):\n"
+        "        names = ('D256', 'gqa 4/2 D80', 'causal 257', 'varlen everything', 'packed qkv')\n"
+        "        if s.name in names[op != 'attention':]:\n"
         "            run(*s.args); print(*sim.launched()[-1:])\n"
     )
     done = cuda_sim.run_under_asan(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [SM90[op][-1] for op in BOTH for _ in range(4)]
+    forward, backward = (SM90[op][-1] for op in BOTH)
+    assert done.stdout.split() == [forward] * 5 + [backward] * 4
 
 
 # Index arithmetic.
 
-TILES = list(itertools.product((64, 128), (64, 128)))
+TILES = list(itertools.product((64, 128), (64, 128, 256)))
 
 
 @pytest.mark.parametrize(("rows", "columns"), TILES)

@@ -142,11 +142,7 @@ struct Named {
   const TensorOfRows& rows;
 };
 
-std::string sm90_why_not(const Attention& p, std::initializer_list<Named> mapped) {
-  const int width = most(p.head_dim, p.value_dim);
-  if (width > kWidestSm90) {
-    return "needs head_dim <= " + std::to_string(kWidestSm90) + ", got " + std::to_string(width);
-  }
+std::string sm90_why_not(std::initializer_list<Named> mapped) {
 #if !defined(CEG_HAS_SM90A) && !defined(CEG_CUDA_SIM)
   return "needs a build for sm_90a";
 #endif
@@ -162,13 +158,17 @@ std::string sm90_why_not(const Attention& p, std::initializer_list<Named> mapped
 
 std::string attention_sm90_why_not(const AttentionFwd& args) {
   const MappedRows rows(args);
-  return sm90_why_not(args.problem, {{"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
+  return sm90_why_not({{"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
 }
 
 std::string attention_sm90_why_not(const AttentionBwd& args) {
+  const int width = most(args.problem.head_dim, args.problem.value_dim);
+  if (width > kWidestSm90Bwd) {
+    return "needs head_dim <= " + std::to_string(kWidestSm90Bwd) + ", got " + std::to_string(width);
+  }
   const MappedRows rows(args);
   const TensorOfRows dout = rows_of_dout(args);
-  return sm90_why_not(args.problem, {{"dout", dout}, {"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
+  return sm90_why_not({{"dout", dout}, {"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
 }
 
 std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(KeyTile<kD, kPlain>::kThreads, 1)
 }  // namespace
 
 void attention_sm90_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream) {
-  with_tile<kWidestSm90>(dtype, args.problem, [&](auto item, auto head, auto plain) {
+  with_tile<kWidestSm90Bwd>(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
     using Tile = KeyTile<kD, plain.value>;
@@ -206,7 +206,7 @@ void attention_sm90_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream
 }
 
 void list_attention_sm90_dkdv(Kernels& kernels) {
-  list_tiles<KeyTile, kWidestSm90>(
+  list_tiles<KeyTile, kWidestSm90Bwd>(
       kernels, "attention_sm90_bwd_dkdv_kernel", [](auto item, auto head, auto plain) {
         return attention_sm90_bwd_dkdv_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
       });

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads, 1)
 }  // namespace
 
 void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream) {
-  with_tile<kWidestSm90>(dtype, args.problem, [&](auto item, auto head, auto plain) {
+  with_tile<kWidestSm90Bwd>(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
     using Tile = QueryTile<kD, plain.value>;
@@ -186,7 +186,7 @@ void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream) 
 }
 
 void list_attention_sm90_dq(Kernels& kernels) {
-  list_tiles<QueryTile, kWidestSm90>(
+  list_tiles<QueryTile, kWidestSm90Bwd>(
       kernels, "attention_sm90_bwd_dq_kernel", [](auto item, auto head, auto plain) {
         return attention_sm90_bwd_dq_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
       });

@@ -145,6 +145,13 @@ __device__ __forceinline__ void wgmma_wait(Registers&... done) {
   CEG_32_NAMES                                                               \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CEG_128_NAMES                                                                \
+  CEG_64_NAMES                                                                       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, "    \
+  "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, " \
+  "%95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "  \
+  "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, "   \
+  "%122, %123, %124, %125, %126, %127"
 #define CEG_WGMMA(type, n, accumulators, operands, predicate, flags)                              \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " predicate                                                   \
   ", 0;\n"                                                                                        \
@@ -167,10 +174,15 @@ __device__ __forceinline__ void wgmma_wait(Registers&... done) {
     asm volatile(CEG_WGMMA(type, "64", CEG_32_NAMES, "{%32, %33, %34, %35}, %36", "%37", "1")  \
                  : CEG_C32(0)                                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale));            \
-  } else {                                                                                     \
+  } else if constexpr (kBlocks == 16) {                                                        \
     asm volatile(CEG_WGMMA(type, "128", CEG_64_NAMES, "{%64, %65, %66, %67}, %68", "%69", "1") \
                  : CEG_C32(0), CEG_C32(8)                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale));            \
+  } else {                                                                                     \
+    asm volatile(                                                                              \
+        CEG_WGMMA(type, "256", CEG_128_NAMES, "{%128, %129, %130, %131}, %132", "%133", "1")   \
+        : CEG_C32(0), CEG_C32(8), CEG_C32(16), CEG_C32(24)                                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale));                     \
   }
 
 // c = A B, or c += A B where it shall accumulate. A and B from shared memory, both dense in k.
@@ -190,7 +202,7 @@ __device__ __forceinline__ void wgmma(float (&c)[kBlocks][4], uint64_t a, uint64
 template <class T, int kBlocks>
 __device__ __forceinline__ void wgmma(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b,
                                       bool accumulate) {
-  static_assert(kBlocks == 8 || kBlocks == 16, "N = 64 and N = 128 are written out");
+  static_assert(kBlocks == 8 || kBlocks == 16 || kBlocks == 32, "N = 64, 128, 256 are written out");
   const int scale = accumulate;
   if constexpr (std::is_same_v<T, bf16>) {
     CEG_WGMMA_REGISTERS("bf16")
@@ -203,6 +215,7 @@ __device__ __forceinline__ void wgmma(float (&c)[kBlocks][4], const uint32_t (&a
 #undef CEG_C32
 #undef CEG_32_NAMES
 #undef CEG_64_NAMES
+#undef CEG_128_NAMES
 #undef CEG_WGMMA
 #undef CEG_WGMMA_SHARED
 #undef CEG_WGMMA_REGISTERS

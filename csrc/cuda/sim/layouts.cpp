@@ -25,8 +25,11 @@ int with_columns(int columns, F f) {
 
 template <class F>
 int with_panels(int rows, int columns, F f) {
-  if (rows == 64) return columns == 64 ? f(Panels<64, 64>()) : f(Panels<64, 128>());
-  return columns == 64 ? f(Panels<128, 64>()) : f(Panels<128, 128>());
+  const auto of_rows = [&](auto narrow, auto middle, auto wide) {
+    return columns == 64 ? f(narrow) : columns == 128 ? f(middle) : f(wide);
+  };
+  if (rows == 64) return of_rows(Panels<64, 64>(), Panels<64, 128>(), Panels<64, 256>());
+  return of_rows(Panels<128, 64>(), Panels<128, 128>(), Panels<128, 256>());
 }
 
 }  // namespace
