@@ -4,8 +4,8 @@
 
 In a training step every kernel stands between two matmuls. Two thread pools, tile registers that
 are set up anew or denormals left switched off would show here and nowhere else. Two ops of PyTorch
-in turn cost some 10 us more than alone too, on one thread as on two: what the caller runs for each
-has left the nearest caches. So a stock op stands beside ours, and only what ours costs beyond it
+in turn cost some 10 us more than alone too, on one thread as on two, most likely because each finds
+less of itself in the caches. So a stock op stands beside ours, and only what ours costs beyond it
 counts. The claim needs a machine without other work; without `--benchmark` the bodies only run. All
 operands fit into the second-level cache together and outputs are there before: what the allocator
 makes of their sizes is not at issue.
