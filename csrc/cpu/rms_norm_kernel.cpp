@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "rms_norm.h"
 #include "rows.h"
@@ -134,19 +135,36 @@ void backward_rows(const RmsNormBwdArgs& a, int64_t first, const C* scale, bool 
   }
 
   // Write.
-  for_each_vec<C>(dim, [&](int64_t i, int64_t n) {
-    const Vec<C> column = load<C>(scale + i);
-    Vec<C> dw = {};
+  // A row's vectors of one cache line follow each other: streamed in turn with other rows', the
+  // halves of a line of 16-bit items may reach memory one by one.
+  constexpr int64_t lanes = kLanes<C>;
+  const auto columns = [&](int64_t i, auto vectors, int64_t n) {
+    constexpr int kVectors = decltype(vectors)::value;
+    Vec<C> dw[kVectors] = {};
     for (int r = 0; r < kRows; ++r) {
-      prefetch_line(h[r] + next_h, i);
-      const Vec<C> dyr = load_n<C>(dy[r] + i, n) * rstd[r], hr = load_n<C>(h[r] + i, n);
-      Vec<C> d = dyr * column - hr * projection[r];
-      if (a.dh) d += load_n<C>(dh[r] + i, n);
-      put(dx[r] + i, d, n, stream_dx);
-      dw += dyr * hr;
+      for (int u = 0; u < kVectors; ++u) {
+        const int64_t j = i + u * lanes;
+        prefetch_line(h[r] + next_h, j);
+        const Vec<C> dyr = load_n<C>(dy[r] + j, n) * rstd[r], hr = load_n<C>(h[r] + j, n);
+        Vec<C> d = dyr * load<C>(scale + j) - hr * projection[r];
+        if (a.dh) d += load_n<C>(dh[r] + j, n);
+        put(dx[r] + j, d, n, stream_dx);
+        dw[u] += dyr * hr;
+      }
     }
-    if (partial) store_n(partial + i, load_n<C>(partial + i, n) + dw, n);
-  });
+    for (int u = 0; partial && u < kVectors; ++u) {
+      C* into = partial + i + u * lanes;
+      store_n(into, load_n<C>(into, n) + dw[u], n);
+    }
+  };
+  constexpr int kTogether = sizeof(C) / sizeof(S);
+  int64_t i = 0;
+  for (; i + kTogether * lanes <= dim; i += kTogether * lanes) {
+    columns(i, std::integral_constant<int, kTogether>{}, lanes);
+  }
+  for (; i < dim; i += lanes) {
+    columns(i, std::integral_constant<int, 1>{}, std::min<int64_t>(lanes, dim - i));
+  }
 }
 
 template <class S>
