@@ -102,7 +102,8 @@ def stages(gpu: Gpu, out: Path, shapes: str = "quick") -> list[Stage]:
         "--shapes", shapes, "--results", "bench/results",
     ]  # fmt: skip
     setup = [python, "setup.py", "build_ext", "--inplace"]
-    fresh = Command("fresh", [python, "-c", FRESH], environment)
+    made_of = str(out / "kernels.json")
+    fresh = Command("fresh", [python, "tools/fresh.py", made_of], environment)
     tool = sanitizer()
     tests = [
         Command(name, [*pytest, *arguments, f"--junitxml={out / f'{name}.xml'}"], environment)
@@ -129,13 +130,6 @@ def stages(gpu: Gpu, out: Path, shapes: str = "quick") -> list[Stage]:
         Stage("bench", 125, [Command("bench", benchmark, environment)]),
         Stage("record", 15, [Command("record", validate, environment)]),
     ]
-
-
-# Reports on another build than the sources beside it would say nothing.
-FRESH = (
-    "import sys; from ceg_kernels.build import build_info; i = build_info(); print(i);"
-    "sys.exit(i['native'] is None or i['stale'] or not i['cuda_archs'])"
-)
 
 
 def test_groups() -> dict[str, list[str]]:
