@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -87,6 +88,18 @@ def test_the_stages_fit_into_nine_minutes_and_cover_every_kernel(tmp_path, monke
         assert set(ops) == on_cuda
     for group in gpu.test_groups().values():
         assert all((ROOT / name).exists() for name in group if name.endswith(".py"))
+
+
+def test_every_test_with_cases_on_a_gpu_is_run_for_both_of_our_backends():
+    users = {
+        f"tests/{path.name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^from devices import", path.read_text(), re.MULTILINE)
+    }
+    assert len(users) >= 5
+    for backend in ("cuda and not triton", "cuda and triton"):
+        run = [group for group in gpu.test_groups().values() if group[-1] == backend]
+        assert {name for group in run for name in group if name.endswith(".py")} == users
 
 
 def python(name, code):
