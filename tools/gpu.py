@@ -33,7 +33,7 @@ FAMILIES = {
             "moe_combine_backward"),
 }  # fmt: skip
 # The tests with the cases of tests/devices.py.
-ON_EACH_DEVICE = {"gradients": ("autograd", "nn", "faults"), "models": ("model", "train")}
+ON_EACH_DEVICE = {"gradients": ("autograd", "nn", "faults"), "models": ("model", "train_devices")}
 OLDEST = (8, 0)
 ALL_S = 530.0
 
