@@ -14,7 +14,7 @@ def hash_sources(root: Path) -> str:
         p for p in (root / "csrc").rglob("*") if p.suffix in {".cpp", ".cu", ".cuh", ".h"}
     )
     digest = hashlib.sha256()
-    for path in [root / "CMakeLists.txt", root / "cmake" / "cuda.cmake", *files]:
+    for path in [root / "CMakeLists.txt", *sorted((root / "cmake").glob("*.cmake")), *files]:
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -32,7 +32,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CUDA_FLOATS = FLOATS[:3]
 OLDEST_GPU = (8, 0)  # bf16 and cp.async
 
-# Where a CUDA kernel has passed its tests: {op: {"sm_90": {"gpu": name, "commit": hash}}}.
+# Where a CUDA kernel passed its tests, at which commit, and what it was made of: {op: {"sm_90":
+# {"gpu": name, "commit": hash, "kernel": hash, "sanitized": tools}}}.
 VALIDATED: dict[str, dict[str, dict[str, str]]] = json.loads(
     Path(__file__).with_name("validated.json").read_text()
 )
@@ -77,7 +78,19 @@ def _runs_on(arch: str, gpu: tuple[int, int]) -> bool:
 def unvalidated(op: str, *args: Any) -> str | None:
     """Why `op` should not run on this GPU unasked, or None where its kernel passed its tests."""
     family = _family(_capability(args))
-    return None if family in VALIDATED.get(op, {}) else f"not yet validated on {family}"
+    if (record := VALIDATED.get(op, {}).get(family)) is None:
+        return f"not yet validated on {family}"
+    kernel = kernel_hash(op)
+    if kernel is None or record.get("kernel") != kernel:
+        at = f"on {family} as other sources (commit {record['commit']})"
+        return f"was validated {at}: run `make gpu` again"
+    return None
+
+
+def kernel_hash(op: str) -> str | None:
+    """Of what this build's CUDA kernels for `op` are made of; None where it has none for it."""
+    hashes = dict(pair.split("=") for pair in _C.kernel_hashes().split())
+    return next((h for family, h in hashes.items() if op.startswith(family)), None)
 
 
 def _unfit(args: tuple, device: str, floats: tuple[torch.dtype, ...]) -> str | None:

@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU launchers on arrays of NumPy, torch or anything else that speaks DLPack";
 
   m.def("build_info", build_info_dict);
+  m.def("kernel_hashes", kernel_hashes);
   m.def("isa_levels", isa_levels);
   m.def("cuda_devices", cuda_device_list);
 #ifdef CEG_HAS_CUDA

@@ -9,4 +9,6 @@ BuildInfo build_info() {
           .cuda_why_not = CEG_CUDA_STATUS};
 }
 
+const char* kernel_hashes() { return CEG_KERNEL_HASHES; }
+
 }  // namespace ceg

@@ -11,4 +11,7 @@ struct BuildInfo {
 
 BuildInfo build_info();
 
+// "family=hash ..." of what the CUDA kernels of each family of ops are made of, with CUDA or not.
+const char* kernel_hashes();
+
 }  // namespace ceg

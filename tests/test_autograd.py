@@ -8,6 +8,8 @@ import itertools
 
 import pytest
 import torch
+from devices import forced, on_each_device
+from numerics import as_tuple
 from torch.autograd import gradcheck
 
 from ceg_kernels import (
@@ -24,6 +26,14 @@ from ceg_kernels import (
     triton,
     use_backend,
 )
+from ceg_kernels.measure.accuracy import (
+    EAGER_SLACK,
+    FP32_REDUCTION_SLACK,
+    _off_by_half_an_ulp,
+    error_fraction,
+    promote,
+)
+from ceg_kernels.ops import arguments
 
 
 def _randn(*shape, seed=0):
@@ -115,6 +125,59 @@ def test_gradcheck(call, inputs, backend):
         assert gradcheck(call, [t.clone().requires_grad_() for t in inputs], atol=1e-7)
 
 
+# exp(score - lse) of scores that 16 bits hold to within 16 is any number.
+CHAOTIC = ("huge logits",)
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if op.backward is not None], ids=lambda op: op.name
+)
+def test_gradients_are_those_of_the_formula(op, device, backend):
+    """Every third sample through the op's own forward and backward, which round to 16 bits between
+    them for attention: held to the rule for that, the others to the rule for sums in fp32."""
+    attention = op.name == "attention"
+    dtype = torch.bfloat16 if attention else torch.float32
+    ran = 0
+    for sample in list(op.samples(dtype, device))[::3]:
+        if sample.name in CHAOTIC or op.backend(backend).why_not(*sample.args) is not None:
+            continue
+        ran += 1
+        make = arguments.maker(dtype, device)
+        upstream = [make(*out.shape).to(out.dtype) for out in _differentiable(op, sample.args)]
+        held = (sample.args, upstream)
+        ours = _gradients(op, *held, backend)
+        gold = _gradients(op, *(promote(tuple(a), torch.float64) for a in held), "reference")
+        alike = _off_by_half_an_ulp if attention else lambda a: promote(a, torch.float32)
+        base = _gradients(op, *(alike(tuple(a)) for a in held), "reference")
+        slack = EAGER_SLACK if attention else FP32_REDUCTION_SLACK
+        assert len(ours) == len(gold) > 0
+        for our, true, near in zip(ours, gold, base, strict=True):
+            worst = error_fraction(our, true, near, slack)
+            assert worst <= 1, f"{sample.name}: error is {worst:.2f} times what the rule allows"
+    assert ran
+
+
+def _differentiable(op, args):
+    """The outputs that hand a gradient on."""
+    leaves = [a.detach().requires_grad_() if _floats(a) else a for a in args]
+    with use_backend("reference"):
+        return [out for out in as_tuple(op(*leaves)) if out.requires_grad]
+
+
+def _gradients(op, args, upstream, backend):
+    leaves = [a.detach().requires_grad_() if _floats(a) else a for a in args]
+    with use_backend(backend):
+        outs = [out for out in as_tuple(op(*leaves)) if out.requires_grad]
+        wanted = [leaf for leaf in leaves if _floats(leaf)]
+        grads = torch.autograd.grad(outs, wanted, list(upstream), allow_unused=True)
+    return [grad for grad in grads if grad is not None]
+
+
+def _floats(a):
+    return isinstance(a, torch.Tensor) and a.is_floating_point()
+
+
 COMPILED = ["cpu", "torch", "reference"]
 if triton.MISSING is None and triton.INTERPRETED:
     COMPILED.append("triton")
@@ -137,30 +200,42 @@ def test_compiles_without_a_graph_break_to_the_same_numbers(call, inputs, backen
             torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_compiles_with_inductor():
-    x, w = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+@on_each_device
+def test_compiles_with_inductor(device, backend):
+    torch._dynamo.reset()
+    x = torch.randn(4, 32, device=device, requires_grad=True)
+    w = torch.randn(32, device=device, requires_grad=True)
 
     def block(x, w):
         y = rms_norm(x * 2, w)
         q = y.view(1, 4, 4, 8)
         return flash_attention(q, q, q, causal=True) + 1
 
-    out = torch.compile(block, fullgraph=True)(x, w)
-    torch.testing.assert_close(out, block(x, w))
-    out.backward(torch.randn_like(out))
-    assert x.grad is not None
+    with use_backend(forced(backend)):
+        out, expected = torch.compile(block, fullgraph=True)(x, w), block(x, w)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    for ours, eager in zip(
+        torch.autograd.grad(out, (x, w), dout),
+        torch.autograd.grad(expected, (x, w), dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, eager)
 
 
-def test_unused_outputs_cost_no_gradient():
-    q = torch.randn(1, 4, 2, 8, requires_grad=True)
-    _, lse = flash_attention(q, q, q, return_lse=True)
+@on_each_device
+def test_unused_outputs_cost_no_gradient(device, backend):
+    q = torch.randn(1, 4, 2, 8, device=device, requires_grad=True)
+    with use_backend(forced(backend)):
+        _, lse = flash_attention(q, q, q, return_lse=True)
     lse.backward(torch.randn_like(lse))  # the gradient of out is absent
     assert torch.isfinite(q.grad).all()
 
 
-def test_autocast_casts_q_k_v():
-    q = torch.randn(1, 8, 2, 16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+@on_each_device
+def test_autocast_casts_q_k_v(device, backend):
+    q = torch.randn(1, 8, 2, 16, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16), use_backend(backend):
         out = flash_attention(q, q, q)
     assert out.dtype == torch.bfloat16
     out.backward(torch.randn_like(out))

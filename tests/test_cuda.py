@@ -175,11 +175,14 @@ def refusal(op="rms_norm", args=ARGS):
 class Extension:
     """What the module would say that was built with CUDA, or without."""
 
-    def __init__(self, why_not="", archs="80-real 90a-real 90-virtual"):
-        self.why_not, self.archs = why_not, archs
+    def __init__(self, why_not="", archs="80-real 90a-real 90-virtual", norm="abc"):
+        self.why_not, self.archs, self.norm = why_not, archs, norm
 
     def build_info(self):
         return {"cuda_why_not": self.why_not, "cuda_archs": self.archs}
+
+    def kernel_hashes(self):
+        return f"moe=def rms_norm={self.norm} "
 
 
 def test_refusals_say_why(monkeypatch):
@@ -243,7 +246,8 @@ def test_a_kernel_runs_unasked_only_where_it_is_validated(on_gpu, monkeypatch):
     assert line in explain("rms_norm", *args)
     with use_backend("cuda"):
         assert OPS["rms_norm"].choose(*args).name == "cuda"
-    monkeypatch.setattr(native, "VALIDATED", {"rms_norm": {"sm_90": {"commit": "test"}}})
+    record = {"commit": "test", "kernel": "abc"}
+    monkeypatch.setattr(native, "VALIDATED", {"rms_norm": {"sm_90": record}})
     monkeypatch.setattr(OPS["rms_norm"], "_chosen", {})
     assert OPS["rms_norm"].choose(*args).name == "cuda"
     assert OPS["rms_norm"].choose(*on_gpu((8, 0))).name == "cuda"  # cached: the device is the same
@@ -251,12 +255,42 @@ def test_a_kernel_runs_unasked_only_where_it_is_validated(on_gpu, monkeypatch):
     assert OPS["rms_norm"].choose(*on_gpu((8, 0))).name == "torch"
 
 
+@pytest.mark.parametrize(
+    ("op", "record", "counts"),
+    [
+        ("rms_norm", {"kernel": "abc"}, True),
+        ("rms_norm_backward", {"kernel": "abc"}, True),
+        ("rms_norm", {"kernel": "abd"}, False),
+        ("rms_norm", {}, False),  # as validations were written before they had a hash
+        ("rope", {"kernel": None}, False),  # of which the build has no kernels
+    ],
+)
+def test_a_validation_counts_for_the_kernels_that_it_was_of(
+    on_gpu, monkeypatch, op, record, counts
+):
+    args = on_gpu((9, 0))
+    monkeypatch.setattr(native, "VALIDATED", {op: {"sm_90": {"commit": "f00", **record}}})
+    stale = "was validated on sm_90 as other sources (commit f00): run `make gpu` again"
+    assert native.unvalidated(op, *args) == (None if counts else stale)
+
+
+def test_a_changed_kernel_does_not_run_unasked(on_gpu, monkeypatch):
+    args = on_gpu((9, 0))
+    record = {"commit": "f00", "kernel": "abc"}
+    monkeypatch.setattr(native, "VALIDATED", {"rms_norm": {"sm_90": record}})
+    for norm, runs in (("abc", "cuda"), ("abd", "torch")):
+        monkeypatch.setattr(native, "_C", Extension(norm=norm))
+        monkeypatch.setattr(OPS["rms_norm"], "_chosen", {})
+        assert OPS["rms_norm"].choose(*args).name == runs
+    assert "could run them, but was validated on sm_90 as other" in explain("rms_norm", *args)
+
+
 def test_what_is_validated_names_ops_that_are_there():
     for op, families in native.VALIDATED.items():
         assert OPS[op].backend("cuda")
         for family, record in families.items():
             assert family.startswith("sm_")
-            assert {"gpu", "commit"} <= set(record)
+            assert {"gpu", "commit", "kernel"} <= set(record)
 
 
 with_cuda = pytest.mark.skipif(not hasattr(native._C, "cuda"), reason="built without CUDA")

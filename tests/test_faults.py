@@ -4,8 +4,11 @@ A fault takes the arguments of an op and returns what a subtly broken kernel wou
 outputs of the fp32 reference, rounded to the op's dtypes, with one thing wrong.
 """
 
+import sys
+
 import pytest
 import torch
+from devices import on_each_device
 from numerics import compare, compare_eager
 
 from ceg_kernels import OPS
@@ -26,7 +29,7 @@ def fault(op, sample):
 
 
 def right(op, args):
-    """What a correct kernel returns: fp32 maths, rounded once."""
+    """What a correct kernel returns: fp32 maths, rounded once. Or what a kernel does: see below."""
     outs = as_tuple(OPS[op].reference(*promote(args, torch.float32)))
     return [o.to(e.dtype).clone() for o, e in zip(outs, _expected(OPS[op], args), strict=True)]
 
@@ -241,6 +244,27 @@ def test_planted_fault_is_caught(op, sample, plant, dtype):
     samples = {s.name: s.args for s in OPS[op].samples(dtype, "cpu")}
     args = samples[sample]
     assert compare(OPS[op], tuple(right(op, args)), args) <= 0.7, "the right result must pass"
+    assert compare(OPS[op], as_tuple(tuple(plant(args))), args) > 1, "the fault went unseen"
+
+
+@on_each_device
+@pytest.mark.parametrize(("op", "sample", "plant"), FAULTS)
+def test_planted_fault_in_what_a_kernel_returns_is_caught(
+    op, sample, plant, device, backend, monkeypatch
+):
+    """The same faults on the kernel's own results: it gets the wrong arguments, and its right
+    results pass."""
+
+    def by_the_kernel(name, args):
+        return [out.clone() for out in as_tuple(OPS[name].backend(backend).run(*args))]
+
+    attention = backend == "cuda" and "attention" in op
+    dtype = torch.bfloat16 if attention else torch.float32
+    args = {s.name: s.args for s in OPS[op].samples(dtype, device)}[sample]
+    if (reason := OPS[op].backend(backend).why_not(*args)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(sys.modules[__name__], "right", by_the_kernel)
+    assert compare(OPS[op], tuple(by_the_kernel(op, args)), args) <= 1, "the right result must pass"
     assert compare(OPS[op], as_tuple(tuple(plant(args))), args) > 1, "the fault went unseen"
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def tool(name):
     return module
 
 
-gpu, validation, small_grid = map(tool, ("gpu", "validation", "small_grid"))
+gpu, validation, small_grid, fresh = map(tool, ("gpu", "validation", "small_grid", "fresh"))
 HOPPER = gpu.Gpu("made up", (9, 0))
 
 
@@ -89,6 +90,18 @@ def test_the_stages_fit_into_nine_minutes_and_cover_every_kernel(tmp_path, monke
         assert all((ROOT / name).exists() for name in group if name.endswith(".py"))
 
 
+def test_every_test_with_cases_on_a_gpu_is_run_for_both_of_our_backends():
+    users = {
+        f"tests/{path.name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^from devices import", path.read_text(), re.MULTILINE)
+    }
+    assert len(users) >= 5
+    for backend in ("cuda and not triton", "cuda and triton"):
+        run = [group for group in gpu.test_groups().values() if group[-1] == backend]
+        assert {name for group in run for name in group if name.endswith(".py")} == users
+
+
 def python(name, code):
     return gpu.Command(name, [sys.executable, "-c", code])
 
@@ -137,6 +150,22 @@ def test_a_stage_alone_adds_to_what_others_of_that_gpu_and_source_left(tmp_path)
     gpu.run([stage], tmp_path, {"gpu": "b"})
     assert set(json.loads((tmp_path / "results.json").read_text())["stages"]) == {"two"}
     assert not (tmp_path / "old.xml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [({}, 0), ({"stale": True}, 1), ({"cuda_archs": ""}, 1), ({"native": None}, 1)],
+)
+def test_only_a_build_of_these_sources_with_cuda_says_what_its_kernels_are(
+    tmp_path, monkeypatch, changed, status
+):
+    built = {"native": "_C.so", "stale": False, "cuda_archs": "90a-real", **changed}
+    monkeypatch.setattr(fresh, "build_info", lambda: built)
+    monkeypatch.setattr(fresh.native, "kernel_hash", lambda op: f"of {op}")
+    assert fresh.main(tmp_path / "kernels.json") == status
+    assert (tmp_path / "kernels.json").exists() == (status == 0)
+    if status == 0:
+        assert json.loads((tmp_path / "kernels.json").read_text())["rope"] == "of rope"
 
 
 def test_the_whole_has_a_limit(tmp_path):
@@ -217,7 +246,11 @@ def folder(tmp_path, report):
     return tmp_path
 
 
+KERNELS = {"rope": "of rope", "rms_norm": "of norms", "attention": "a", "moe_index": "m"}
+
+
 def write(folder, commit="abc", sources="s", **stages):
+    (folder / "kernels.json").write_text(json.dumps(KERNELS))
     about = {"gpu": "made up", "family": "sm_90", "sources": sources, "commit": commit}
     stages = {"test": {"fresh": "ok"}, **stages}
     (folder / "results.json").write_text(json.dumps({"about": about, "stages": stages}))
@@ -236,7 +269,9 @@ def test_only_kernels_whose_tests_all_passed_are_recorded(folder, capsys):
     assert found == {
         "died": {"sm_80": {}},
         "rms_norm": {"sm_80": earlier["sm_80"]},  # what failed now is not what passed then
-        "rope": {"sm_90": {"gpu": "made up", "commit": "abc", "sanitized": ""}},
+        "rope": {
+            "sm_90": {"gpu": "made up", "commit": "abc", "kernel": "of rope", "sanitized": ""}
+        },
     }
     assert capsys.readouterr().out.splitlines() == [
         "attention: test_what_errs[attention] failed",

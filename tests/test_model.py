@@ -5,8 +5,11 @@ import os
 
 import pytest
 import torch
+from devices import forced, on_each_device
 from torch import nn
 
+from ceg_kernels import use_backend
+from ceg_kernels.measure.accuracy import FP32_REDUCTION_SLACK, error_fraction
 from ceg_model.config import GPTConfig
 from ceg_model.gpt import LSTM, LSTMLayer, build_model, parameter_groups
 from ceg_model.gpt2 import gpt2_from_state_dict
@@ -63,6 +66,36 @@ def test_every_parameter_learns(config):
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
         assert p.grad.abs().max() > 0, name
+
+
+def gradients(config, device, backend, dtype):
+    """The loss, and what each parameter gets."""
+    model = build_model(config).to(device, dtype)
+    with use_backend(backend):
+        _, loss = model(tokens().to(device), tokens(seed=2).to(device))
+        loss.backward()
+    return [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
+
+
+@on_each_device
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "lstm"])  # no op of ours
+def test_loss_and_gradients_are_those_of_the_formula(name, device, backend):
+    """All parameters together, in units of their largest gradient: the rule needs many numbers.
+    Without those whose gradient cancels, as that of a bias of all keys does."""
+    config = CONFIGS[name]
+    ours = gradients(config, device, forced(backend), torch.float32)
+    gold = gradients(config, "cpu", "reference", torch.float64)
+    base = gradients(config, "cpu", "reference", torch.float32)
+    units = [t.abs().max() for t in gold]
+    errors = [(b.double() - g).abs().max() for b, g in zip(base, gold, strict=True)]
+    kept = [i for i, (error, unit) in enumerate(zip(errors, units, strict=True))
+            if error < 1e-5 * unit]  # fmt: skip
+    assert len(kept) > 0.8 * len(units)
+    our, true, near = (
+        torch.cat([(ts[i].double() / units[i]).flatten() for i in kept])
+        for ts in (ours, gold, base)
+    )
+    assert error_fraction(our.float(), true, near.float(), FP32_REDUCTION_SLACK) <= 1
 
 
 @configs
@@ -231,11 +264,13 @@ def test_parameter_groups():
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
+@on_each_device
 @configs
-def test_bf16_autocast(config):
+def test_bf16_autocast(config, device, backend):
     model, idx = build_model(config), tokens()
     exact = model(idx, idx)[1].detach()
-    with torch.autocast("cpu", torch.bfloat16):
+    model, idx = model.to(device), idx.to(device)
+    with torch.autocast(device, torch.bfloat16), use_backend(backend):
         _, loss = model(idx, idx)
     assert loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(float(exact), rel=5e-3)
@@ -243,19 +278,21 @@ def test_bf16_autocast(config):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@on_each_device
 @pytest.mark.parametrize("name", ["rope", "native sparse", "moe", "moe bias"])
-def test_compiles_in_one_graph(name):
+def test_compiles_in_one_graph(name, device, backend):
     torch._dynamo.reset()
     config = dataclasses.replace(CONFIGS[name], norm="rms_norm", n_layer=1)
-    model, idx = build_model(config), tokens()
-    _, loss = model(idx, idx)
-    loss.backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    # aot_eager: dynamo, fake tensors and autograd's trace, without a minute of C++ compilation.
-    _, compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(idx, idx)
-    torch.testing.assert_close(compiled, loss)
-    compiled.backward()
+    model, idx = build_model(config).to(device), tokens().to(device)
+    with use_backend(forced(backend)):
+        _, loss = model(idx, idx)
+        loss.backward()
+        expected = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        # aot_eager: dynamo, fake tensors and autograd's trace, without a minute of C++ compilation.
+        _, compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(idx, idx)
+        torch.testing.assert_close(compiled, loss)
+        compiled.backward()
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad)
 

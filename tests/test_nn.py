@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import forced, needs_gpu, on_each_device
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ceg_kernels import use_backend
 from ceg_kernels.nn import FlashAttention, MoE, RMSNorm, RotaryEmbedding, grouped_linear
 
 
@@ -41,13 +43,15 @@ def assert_same(ours, theirs, x, **kwargs):
         assert error <= 1e-5 * q.grad.abs().max() + 1e-6, f"{name}: off by {error}"
 
 
-def test_rms_norm_takes_the_place_of_torchs():
-    theirs = randomised(nn.RMSNorm(48, eps=1e-5))
-    ours = RMSNorm(48, 1e-5)
+@on_each_device
+def test_rms_norm_takes_the_place_of_torchs(device, backend):
+    theirs = randomised(nn.RMSNorm(48, eps=1e-5)).to(device)
+    ours = RMSNorm(48, 1e-5).to(device)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert_same(ours, theirs, torch.randn(3, 5, 48))
-    x, residual = torch.randn(2, 48), torch.randn(2, 48)
-    y, total = ours(x, residual)
+    x, residual = torch.randn(2, 2, 48, device=device)
+    with use_backend(backend):
+        assert_same(ours, theirs, torch.randn(3, 5, 48, device=device))
+        y, total = ours(x, residual)
     torch.testing.assert_close(total, x + residual)
     torch.testing.assert_close(y, theirs(x + residual))
 
@@ -74,15 +78,21 @@ def test_rotary_embedding_rotates_as_llama_does():
     torch.testing.assert_close(ours(q, k)[0][0], ours(q, k, positions)[0][0])
 
 
-def test_rotary_table_survives_casts_and_empty_memory():
-    exact = RotaryEmbedding(16, 32)
+@on_each_device
+def test_rotary_table_survives_casts_and_empty_memory(device, backend):
+    exact = RotaryEmbedding(16, 32).to(device)
+    q, k = torch.randn(2, 7, 4, 16, device=device), torch.randn(2, 7, 2, 16, device=device)
+    with use_backend("reference"):
+        expected = exact(q, k)
     for module in (
-        RotaryEmbedding(16, 32).to(torch.bfloat16),
-        RotaryEmbedding(16, 32).to("meta").to_empty(device="cpu"),
+        RotaryEmbedding(16, 32).to(device, torch.bfloat16),
+        RotaryEmbedding(16, 32).to("meta").to_empty(device=device),
     ):
         assert module.cos.dtype == torch.float32
         assert torch.equal(module.cos, exact.cos)
         assert torch.equal(module.sin, exact.sin)
+        with use_backend(backend):
+            torch.testing.assert_close(module(q, k), expected)
 
 
 def test_rotary_refuses_a_longer_sequence():
@@ -91,34 +101,42 @@ def test_rotary_refuses_a_longer_sequence():
         RotaryEmbedding(16, 32)(q, q)
 
 
-def test_flash_attention_module():
-    q, k, v = torch.randn(2, 9, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+@on_each_device
+def test_flash_attention_module(device, backend):
+    dtype, near = (torch.bfloat16, 0.02) if backend == "cuda" else (torch.float32, 1e-5)
+    q, k, v = (torch.randn(2, 9, heads, 16, device=device, dtype=dtype) for heads in (4, 2, 2))
     module = FlashAttention(causal=True, softmax_scale=0.3)
     assert not module.state_dict()
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    heads_first = (t.float().transpose(1, 2) for t in (q, k, v))
     expected = F.scaled_dot_product_attention(
         *heads_first, is_causal=True, scale=0.3, enable_gqa=True
     )
-    torch.testing.assert_close(module(q, k, v), expected.transpose(1, 2))
-    first = FlashAttention(causal=True, window=(0, 0))(q, k, v)
+    with use_backend(backend):
+        ours, first = module(q, k, v), FlashAttention(causal=True, window=(0, 0))(q, k, v)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), expected.transpose(1, 2), atol=near, rtol=near)
     torch.testing.assert_close(first, v.repeat_interleave(2, dim=2))
 
 
+@on_each_device
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_moe_takes_the_place_of_mixtrals(top_k):
+def test_moe_takes_the_place_of_mixtrals(top_k, device, backend):
     mixtral = transformers("mixtral.modeling_mixtral")
     config = mixtral.MixtralConfig(
         hidden_size=32, intermediate_size=24, num_local_experts=4, num_experts_per_tok=top_k,
         experts_implementation="eager",
     )  # fmt: skip
-    theirs = randomised(mixtral.MixtralSparseMoeBlock(config), std=0.2)
-    ours = MoE(32, 24, 4, top_k)
+    theirs = randomised(mixtral.MixtralSparseMoeBlock(config), std=0.2).to(device)
+    ours = MoE(32, 24, 4, top_k).to(device)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    assert_same(ours, theirs, torch.randn(2, 13, 32))
+    with use_backend(forced(backend)):
+        assert_same(ours, theirs, torch.randn(2, 13, 32, device=device))
 
 
-def test_moe_with_deepseeks_bias_and_shared_expert():
+@on_each_device
+def test_moe_with_deepseeks_bias_and_shared_expert(device, backend):
     ours = randomised(MoE(16, 24, 4, 2, score="sigmoid", balance_bias=True, shared_width=8))
+    ours = ours.to(device)
     assert set(ours.state_dict()) == {
         "gate.weight",
         "gate.e_score_correction_bias",
@@ -128,13 +146,14 @@ def test_moe_with_deepseeks_bias_and_shared_expert():
     }
     bias = ours.gate.e_score_correction_bias
     bias.copy_(torch.tensor([0.0, 9.0, 0.0, 8.0]))  # outweighs every score: experts 1 and 3
-    x = torch.randn(5, 16)
+    x = torch.randn(5, 16, device=device)
     scores = (x @ ours.gate.weight.T).sigmoid()[:, [1, 3]]
     expected = ours.shared_experts(x)
     for e, weight in zip((1, 3), (scores / scores.sum(1, keepdim=True)).T, strict=True):
         gate, up = (x @ ours.experts.gate_up_proj[e].T).chunk(2, dim=-1)
         expected = expected + weight[:, None] * (F.silu(gate) * up @ ours.experts.down_proj[e].T)
-    torch.testing.assert_close(ours(x), expected)
+    with use_backend(backend):
+        torch.testing.assert_close(ours(x), expected)
 
 
 def test_bias_balances_the_load():
@@ -172,10 +191,11 @@ def test_bias_counts_the_tokens_of_every_rank(monkeypatch):
     assert module.gate.e_score_correction_bias.tolist() == [0.5, -0.5]
 
 
-def test_router_decides_in_fp32():
-    module, x = MoE(16, 8, 4, 2), torch.randn(32, 16)
+@on_each_device
+def test_router_decides_in_fp32(device, backend):
+    module, x = MoE(16, 8, 4, 2).to(device), torch.randn(32, 16, device=device)
     exact = x @ module.gate.weight.T
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16), use_backend(backend):
         torch.testing.assert_close(module.gate(x), exact)
 
 
@@ -201,15 +221,16 @@ def test_auxiliary_loss_is_one_when_balanced_and_larger_when_not():
     assert module.gate.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 0], [0, 0, 0, 8], [2, 2, 2, 2], [0, 0, 0, 0]])
-def test_grouped_linear(sizes):
-    rows = torch.randn(sum(sizes), 16, requires_grad=True)
-    weight = torch.randn(4, 24, 16, requires_grad=True)
-    offsets = F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).int()
+def test_grouped_linear(sizes, device):
+    rows = torch.randn(sum(sizes), 16, device=device, requires_grad=True)
+    weight = torch.randn(4, 24, 16, device=device, requires_grad=True)
+    offsets = F.pad(torch.tensor(sizes, device=device).cumsum(0), (1, 0)).int()
     out = grouped_linear(rows, weight, offsets)
     expected = torch.cat([x @ w.T for x, w in zip(rows.split(sizes), weight, strict=True)])
     torch.testing.assert_close(out, expected)
-    for dout in (torch.randn_like(out), torch.ones(()).expand_as(out)):
+    for dout in (torch.randn_like(out), torch.ones((), device=device).expand_as(out)):
         ours = torch.autograd.grad(out, (rows, weight), dout, retain_graph=True)
         theirs = torch.autograd.grad(expected, (rows, weight), dout, retain_graph=True)
         torch.testing.assert_close(ours, theirs)

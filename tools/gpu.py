@@ -32,6 +32,8 @@ FAMILIES = {
     "moe": ("moe_route", "moe_route_backward", "moe_index", "moe_dispatch", "moe_combine",
             "moe_combine_backward"),
 }  # fmt: skip
+# The tests with the cases of tests/devices.py.
+ON_EACH_DEVICE = {"gradients": ("autograd", "nn", "faults"), "models": ("model", "train_devices")}
 OLDEST = (8, 0)
 ALL_S = 530.0
 
@@ -95,6 +97,7 @@ def stages(gpu: Gpu, out: Path, shapes: str = "quick") -> list[Stage]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-rf"]
     environment = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "cmake")))}
+    beside_others = {**environment, "OMP_NUM_THREADS": "1"}
     build = {**environment, "CEG_CUDA": "1", "CEG_CUDA_ARCHS": gpu.arch}
     benchmark = [
         python, "-m", "pytest", "bench/bench_ops.py", "--benchmark", "-q", "-k",
@@ -102,10 +105,11 @@ def stages(gpu: Gpu, out: Path, shapes: str = "quick") -> list[Stage]:
         "--shapes", shapes, "--results", "bench/results",
     ]  # fmt: skip
     setup = [python, "setup.py", "build_ext", "--inplace"]
-    fresh = Command("fresh", [python, "-c", FRESH], environment)
+    made_of = str(out / "kernels.json")
+    fresh = Command("fresh", [python, "tools/fresh.py", made_of], environment)
     tool = sanitizer()
     tests = [
-        Command(name, [*pytest, *arguments, f"--junitxml={out / f'{name}.xml'}"], environment)
+        Command(name, [*pytest, *arguments, f"--junitxml={out / f'{name}.xml'}"], beside_others)
         for name, arguments in test_groups().items()
     ]
     # Blocks of torch's pool lie beside each other: nothing would be out of bounds.
@@ -131,13 +135,6 @@ def stages(gpu: Gpu, out: Path, shapes: str = "quick") -> list[Stage]:
     ]
 
 
-# Reports on another build than the sources beside it would say nothing.
-FRESH = (
-    "import sys; from ceg_kernels.build import build_info; i = build_info(); print(i);"
-    "sys.exit(i['native'] is None or i['stale'] or not i['cuda_archs'])"
-)
-
-
 def test_groups() -> dict[str, list[str]]:
     """Arguments of pytest for each process; together, every test that has tensors on a GPU."""
     groups = {}
@@ -145,6 +142,10 @@ def test_groups() -> dict[str, list[str]]:
         for family, ops in FAMILIES.items():
             chosen = " or ".join(f"{op}-{backend}" for op in ops)
             groups[f"{backend}-{family}"] = ["tests/test_ops.py", "tests/test_gpu.py", "-k", chosen]
+    for name, files in ON_EACH_DEVICE.items():
+        paths = [f"tests/test_{file}.py" for file in files]
+        groups[f"cuda-{name}"] = [*paths, "-k", "cuda and not triton"]
+        groups[f"triton-{name}"] = [*paths, "-k", "cuda and triton"]
     stock = " or ".join(f"-{b}-{d}-cuda" for b in ("torch", "reference")
                         for d in ("float32", "bfloat16", "float16", "float64"))  # fmt: skip
     groups["stock"] = ["tests/test_ops.py", "-k", stock]

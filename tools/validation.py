@@ -101,6 +101,7 @@ def record(folder: Path, target: Path = TARGET) -> int:
         raise ValueError(
             f"the tests must be of a build of these sources, got {fresh or 'no tests'}"
         )
+    kernels = json.loads((folder / "kernels.json").read_text())
     table = json.loads(target.read_text())
     # A process that dies leaves no report.
     unseen = {op: "no report" for op, families in table.items() if of["family"] in families}
@@ -111,8 +112,10 @@ def record(folder: Path, target: Path = TARGET) -> int:
         # What failed now is not what passed earlier.
         table.setdefault(op, {}).pop(of["family"], None)
         if why is None:
-            entry = {"gpu": of["gpu"], "commit": tested, "sanitized": " ".join(tools)}
-            table[op][of["family"]] = entry
+            table[op][of["family"]] = {
+                "gpu": of["gpu"], "commit": tested, "kernel": kernels[op],
+                "sanitized": " ".join(tools),
+            }  # fmt: skip
     table = {op: families for op, families in sorted(table.items()) if families}
     target.write_text(json.dumps(table, indent=1) + "\n")
     return 0
