@@ -113,7 +113,8 @@ def by_clock(kernels: tuple[str, ...], path: Path, progress: Progress) -> dict[K
         now = table[key if key in table else config.plain(key)][0]
         fitting = (t for t in tune.candidates(key) if t != now and tune.fits(key, t))
         others = [tile for tile, _ in zip(fitting, range(TIMED), strict=False)]
-        seconds = tune_one(key, [now, *tune.schedules(key, now), *others], target, "cuda")
+        ways = [tile for tile in tune.schedules(key, now) if tune.fits(key, tile)]
+        seconds = tune_one(key, [now, *ways, *others], target, "cuda")
         if now not in seconds:
             raise RuntimeError(f"{key}: the table's tile must give right results, got {now}")
         best = min(seconds, key=seconds.__getitem__)

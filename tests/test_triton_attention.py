@@ -73,6 +73,51 @@ def test_many_tiles_match_the_formula(name):
         assert compare(ATTENTION_BACKWARD, backward(*given), given) <= 1
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_programs_of_several_tiles_change_no_bit(packed):
+    """In the interpreter two programs of 8 tiles, of which one is not there; or more than tiles."""
+    q, k, v = (normal(1, 70, 3, 16, seed=i) for i in range(3))
+    args = q, k, v, *tail(70, 70, causal=True)
+    if packed:  # most tiles are empty, and the first 20 queries have no key: nothing is added up
+        cu_q, cu_k = ([0, 0, 20, 20, 70], [0, 10, 10, 30, 70])
+        cu = (torch.tensor(c, dtype=torch.int32, device=DEVICE) for c in (cu_q, cu_k))
+        args = q[0], k[0], v[0], *cu, 50, 40, *args[7:]
+    with forced({"fwd": (16, 16, 4, 1, 0)}):
+        one = forward(*args)
+    assert compare(ATTENTION, one, args) <= 1
+    for programs in (1, 30):
+        with forced({"fwd": (16, 16, 4, 1, programs)}):
+            several = forward(*args)
+        assert all(torch.equal(a, b) for a, b in zip(several, one, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
+def test_programs_share_out_a_causal_mask(monkeypatch):
+    """Two programs, one after the other: the longest tiles first, and nobody has much more."""
+    from ceg_kernels.triton import attention
+
+    seen = []
+
+    def spy(*args, run=attention.partners):
+        seen.append(int(args[1]) + 1)  # keys, where query i sees i + 1
+        return run(*args)
+
+    monkeypatch.setattr(attention, "partners", spy)
+    with forced({"fwd": (16, 64, 4, 1, 1)}):
+        forward(*(normal(1, 110, 3, 16) for _ in range(3)), *tail(110, 110, causal=True))
+    assert sorted(seen) == sorted([16, 32, 48, 64, 80, 96, 110] * 3)
+    first, second = seen[:11], seen[11:]
+    for turns in (first, second):
+        assert turns == sorted(turns, reverse=True)
+        assert turns[0] == 110
+    assert abs(sum(first) - sum(second)) <= 16
+    seen.clear()
+    q, cu = normal(55, 1, 16), torch.tensor([0, 0, 15, 55], dtype=torch.int32)
+    with forced({"fwd": (16, 64, 4, 1, 1)}):
+        forward(q, q, q, cu, cu, 40, 40, *tail(40, 40, causal=True)[4:])
+    assert sorted(seen) == [15, 16, 32, 40]  # nobody visits keys for tiles that are not there
+
+
 EVERYTHING = {
     "slopes": normal(6).abs() * 0.05, "sink": normal(6, seed=1), "causal": True, "softcap": 4.0,
 }  # fmt: skip
@@ -209,7 +254,8 @@ def test_other_sequences_change_no_bit(bwd):
         first += length
 
 
-@pytest.mark.parametrize(("bad", "at"), [(math.nan, 131), (math.inf, 0), (-math.inf, 149)])
+# Of three tiles, an interpreter's program takes the second and then the first: the NaN stays there.
+@pytest.mark.parametrize(("bad", "at"), [(math.nan, 100), (math.inf, 0), (-math.inf, 149)])
 def test_bad_values_stay_with_who_sees_them(bad, at):
     t = 150
     q, k, v, dout = (normal(1, t, 1, 24, seed=i) for i in range(4))

@@ -5,10 +5,17 @@ Rows by "compiler" are the largest tiles that compile without spills and within 
 guess at what is fast. `ceg tune` replaces them by measured ones; those by "fallback" nobody has
 searched. Nothing is tuned on a user's call.
 
-A tile's `programs` decide on how keys are shared out, and so on bits. bwd: for how many programs,
-each of which adds to dQ beside dK and dV; with 0, or where the sums would need too much memory,
-bwd_dkdv and bwd_dq run instead. decode: for how many programs too; `m` are the most rows, queries
-times heads of a group, that it is for (0: none), and its mask is always "other".
+The `programs` of bwd and decode decide on how keys are shared out, and so on bits. bwd: for how
+many programs, each of which adds to dQ beside dK and dV; with 0, or where the sums would need too
+much memory, bwd_dkdv and bwd_dq run instead. decode: for how many programs too; `m` are the most
+rows, queries times heads of a group, that it is for (0: none), and its mask is always "other".
+
+Those of fwd change no bit: how many programs a processor has that take one tile after another, or 0
+for a program a tile. By "compiler", measured on no GPU, they are as many as a processor holds of
+the row's smallest head_dim, by registers and shared memory; 0 where the loop over tiles spills or
+lets a processor hold fewer in any case of the row. Rows of "other" have 0: packed sequences have
+tiles of any length, which turns share out worse than a GPU does that starts a program where another
+ends.
 """
 
 from __future__ import annotations
@@ -43,7 +50,9 @@ class Tile:
 UNUSED = Tile(0, 0, 0, 0)  # of bwd or decode: the other kernels do their work
 
 # Small, so that the tests have several tiles, splits and chunks.
-INTERPRETED = {"decode": Tile(16, 32, 4, 1, 16), "bwd": Tile(64, 64, 4, 1, 4)}
+INTERPRETED = {
+    "fwd": Tile(64, 64, 4, 1, 1), "decode": Tile(16, 32, 4, 1, 16), "bwd": Tile(64, 64, 4, 1, 4),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ def _tabled(kernel: str, gpu: Gpu, size: int, bits: int, mask: str) -> Tile:
 
 
 def for_queries(tile: Tile, n_q: int) -> Tile:
-    """Few queries, as in decoding, take no more rows than they need."""
+    """Few queries, as in decoding, take no more rows than they need, and a program for each."""
     m = tile.m
     while m >= 2 * n_q and m > 16:
         m //= 2
-    return tile if m == tile.m else replace(tile, m=m, warps=min(tile.warps, 4))
+    return tile if m == tile.m else replace(tile, m=m, warps=min(tile.warps, 4), programs=0)

@@ -102,11 +102,14 @@ def candidates(key: Key) -> list[Tile]:
 
 def schedules(key: Key, tile: Tile) -> list[Tile]:
     """The same tile as others would run it."""
-    if key.kernel not in ("bwd", "decode"):
-        return []
     processors = TARGETS[key.gpu].gpu.processors
-    numbers = (processors, 2 * processors, 4 * processors) if tile != UNUSED else ()
-    tiles = [UNUSED, *(replace(tile, programs=n) for n in numbers)]
+    if key.kernel == "fwd":
+        tiles = [replace(tile, programs=n) for n in (0, 1, 2, 3)]
+    elif key.kernel in ("bwd", "decode"):
+        numbers = (processors, 2 * processors, 4 * processors) if tile != UNUSED else ()
+        tiles = [UNUSED, *(replace(tile, programs=n) for n in numbers)]
+    else:
+        tiles = []
     return [other for other in tiles if other != tile]
 
 
