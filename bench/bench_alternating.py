@@ -5,8 +5,8 @@
 In a training step every kernel stands between two matmuls. Two thread pools, tile registers that
 are set up anew or denormals left switched off would show here and nowhere else. Two ops of PyTorch
 in turn cost some 10 us more than alone too, on one thread as on two, most likely because each finds
-less of itself in the caches. So a stock op stands beside ours, and only what ours costs beyond it
-counts. The claim needs a machine without other work; without `--benchmark` the bodies only run. All
+less of itself in the caches. So a stock op stands beside ours, to compare; the bound is on ours
+alone. The claim needs a machine without other work; without `--benchmark` the bodies only run. All
 operands fit into the second-level cache together and outputs are there before: what the allocator
 makes of their sizes is not at issue.
 """
@@ -76,9 +76,10 @@ def test_alternating_with_a_matmul(make, dtype, benchmark):
     # Round by round: what slows the machine for a while slows all of them.
     samples = {name: np.array(timed[name].samples) for name in calls}
     alone = samples["ours"] + samples["matmul"]
-    more = samples["with_ours"] - alone
-    stock_more = samples["with_stock"] - samples["stock"] - samples["matmul"]
-    benchmark.extra_info["more_of_alone"] = float(np.median(more / alone))
-    benchmark.extra_info["stock_more_of_alone"] = float(np.median(stock_more / alone))
+    more = np.median((samples["with_ours"] - alone) / alone)
+    stock_alone = samples["stock"] + samples["matmul"]
+    stock_more = np.median((samples["with_stock"] - stock_alone) / stock_alone)
+    benchmark.extra_info["more_of_alone"] = float(more)
+    benchmark.extra_info["stock_more_of_alone"] = float(stock_more)
     benchmark.pedantic(with_ours, rounds=20)
-    assert np.median((more - stock_more) / alone) <= ALLOWED
+    assert more <= ALLOWED, f"in turn ours costs {more:.1%} more, a stock op {stock_more:.1%}"

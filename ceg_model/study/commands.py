@@ -143,13 +143,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    gc.disable()  # 10,000 runs are a million objects, all of them needed until the end
     from ceg_model.study.collect import collect
     from ceg_model.study.report import write_report
     from ceg_model.study.store import Store
 
-    results = collect(arguments.dir)
-    page = write_report(results, Store(arguments.dir).report)
+    gc.disable()  # 10,000 runs are a million objects, all of them needed until the end
+    try:
+        results = collect(arguments.dir)
+        page = write_report(results, Store(arguments.dir).report)
+    finally:
+        gc.enable()
     print(json.dumps(results) if arguments.json else page)
     return 0
 
