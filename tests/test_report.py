@@ -96,6 +96,15 @@ def test_json_twin_of_one_seed(tmp_path):
     assert render(twin) == path.read_text()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_has_not_is_refused(value, tmp_path):
+    results = within_runs(seeds=1, arms=FEW, scales={"S": 1.0})
+    results["curves"][1]["loss"][2] = value
+    with pytest.raises(ValueError, match=r"curves must hold finite numbers, got loss of .* S 0"):
+        write_report(results, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_incomplete_and_refused_study_renders():
     results = within_runs(arms=FEW)
     results["complete"] = {

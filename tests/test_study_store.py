@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from synthetic_study import write_study
 
-from ceg_model.rundir import METRICS, read_columns, read_metrics
+from ceg_model.rundir import METRICS, RUN, read_columns, read_metrics
 from ceg_model.study.collect import collect
 from ceg_model.study.store import CACHE, Store
 
@@ -98,7 +98,25 @@ def test_a_run_that_was_trained_again_is_read_again(study):
         path.write_text(changed)
         os.utime(path, ns=(0, 0))  # an older time is another time, too
         runs = [run for run, result in store.index().items() if result["status"] == "done"]
-        new = Store(study)._read(runs)[folder.name]
+        new = Store(study)._read(runs)[folder.name].columns
         assert new.eval_loss[0] == pytest.approx(old.eval_loss[0] + 1)
+    finally:
+        path.write_text(text)
+
+
+def test_what_a_run_says_of_itself_is_read_again_where_it_changed(study):
+    store = Store(study)
+    runs = [run for run, result in store.index().items() if result["status"] == "done"]
+    path = store.path(runs[0]) / RUN
+    before = store._read(runs)[runs[0]].about
+    text = path.read_text()
+    other = before.identity["tokenizer"] + "-2"
+    try:
+        path.unlink()
+        path.write_text(text.replace(json.dumps(before.identity["tokenizer"]), json.dumps(other)))
+        assert Store(study)._read(runs)[runs[0]].about.identity["tokenizer"] == other
+        path.unlink()
+        with pytest.raises(ValueError, match=r"must have run\.json, got none"):
+            Store(study)._read(runs)
     finally:
         path.write_text(text)

@@ -19,10 +19,13 @@ import numpy as np
 from ceg_model.study import aa, endpoint, shapley, stats, within
 from ceg_model.study.cells import Options, check_options
 from ceg_model.study.curves import Curve
+from ceg_model.study.forked import forked
 from ceg_model.study.gains import Result
 from ceg_model.study.trend import Trend, classify, classify_points
 
 Results = dict[str, dict[str, Result]]  # arm -> cell -> result
+Ranges = dict[str, dict[str, Any] | None]  # cell -> an arm's gain over the losses there
+MANY = 1000  # curves from which a second process saves more time than it takes to begin
 
 
 def estimate(curves: Sequence[Curve], options: Options | None = None) -> dict[str, Any]:
@@ -34,10 +37,17 @@ def estimate(curves: Sequence[Curve], options: Options | None = None) -> dict[st
     engine: ModuleType = endpoint if options.mode == "endpoint" else within
     cells = {cell.name: cell for cell in engine.make_cells(curves, options)}
     arms = list(dict.fromkeys(c.key.arm for c in curves if c.key.arm != options.baseline))
-    results: Results = {}
-    for arm in arms:
+
+    def compared(arm: str) -> tuple[dict[str, Result], Ranges]:
         its = [cell for cell in cells.values() if arm in cell.arms] or list(cells.values())
-        results[arm] = {cell.name: engine.compare(cell, arm, options) for cell in its}
+        return (
+            {cell.name: engine.compare(cell, arm, options) for cell in its},
+            {cell.name: engine.over_range(cell, arm, options) for cell in its},
+        )
+
+    with forked(compared, arms, pays=len(curves) >= MANY) as found:
+        both = dict(zip(arms, found(), strict=True))
+    results: Results = {arm: per_cell for arm, (per_cell, _) in both.items()}
     gate = aa.gate({name: engine.null_logs(cell, options) for name, cell in cells.items()})
     if gate["passed"] is False:
         for per_cell in results.values():
@@ -51,8 +61,7 @@ def estimate(curves: Sequence[Curve], options: Options | None = None) -> dict[st
     targets = {name: engine.common_target(cell, options) for name, cell in cells.items()}
     single = next(iter(targets.values())) if len(targets) == 1 else None
     answers = {
-        arm: _arm(arm, results[arm], cells, options, engine, twin=_twin(arm, results, options))
-        for arm in arms
+        arm: _arm(*both[arm], cells, options, twin=_twin(arm, results, options)) for arm in arms
     }
     return {
         "baseline": options.baseline,
@@ -72,11 +81,10 @@ def estimate(curves: Sequence[Curve], options: Options | None = None) -> dict[st
 
 
 def _arm(
-    arm: str,
     per_cell: dict[str, Result],
+    ranges: Ranges,
     cells: Mapping[str, Any],
     options: Options,
-    engine: ModuleType,
     *,
     twin: dict[str, Result] | None,
 ) -> dict[str, Any]:
@@ -84,9 +92,7 @@ def _arm(
 
     `twin`: the results of the arm with the same maths, {} where that is the baseline itself.
     """
-    out: dict[str, dict[str, Any]] = {}
-    for name, result in per_cell.items():
-        out[name] = result.as_dict() | {"range": engine.over_range(cells[name], arm, options)}
+    out = {name: r.as_dict() | {"range": ranges[name]} for name, r in per_cell.items()}
     largest = max(per_cell, key=lambda name: cells[name].most_flops(options.baseline))
     good = [r.logs for r in per_cell.values() if r.status == "ok"]
     top = {key: value for key, value in out[largest].items() if key != "range"}

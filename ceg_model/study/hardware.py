@@ -40,12 +40,14 @@ def rates(
 
     clocks: run id -> training seconds at each row, on the group's common clock.
     """
+    own = {arm: backends_of(arm, ours) for arm in plan.arms}
     place = {
         (s.scale, s.seed, s.arm): (run, s)
         for run, s in specs
-        if run in clocks and s.train.backend == backends_of(s.arm, ours)
+        if run in clocks and s.train.backend == own[s.arm]
     }
-    work = {(s.scale, s.arm): _flops_per_step(s) for _, s in place.values()}
+    one = {(s.scale, s.arm): s for _, s in place.values()}
+    work = {key: _flops_per_step(spec) for key, spec in one.items()}
     taken = {run: log_stretches(clocks[run]) for run, _ in place.values()}
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
     base_rates: dict[tuple[str, str], list[float]] = {}

@@ -18,6 +18,7 @@ for every op).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ceg_model.config import LSTM_FIELDS
@@ -223,6 +224,7 @@ def train_changes(name: str) -> dict[str, Any]:
     return changes | entry.train
 
 
+@cache
 def kernel_ops(name: str) -> tuple[str, ...]:
     """The ops that arm `name` moves from the reference to our kernels."""
     entry = innovation(name)
@@ -230,6 +232,7 @@ def kernel_ops(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*ops, *entry.kernels]))
 
 
+@cache
 def twin(name: str) -> str | None:
     """The arm that computes the maths of `name` without its kernels: their C must be equal.
 

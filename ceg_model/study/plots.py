@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from ceg_model.study import plots_gain, plots_loss, plots_parts, plots_speed, plots_sweep
+from ceg_model.study.forked import forked
 from ceg_model.study.plots_style import Plot, Results
 
 # One that a study has no data for says why instead.
@@ -26,7 +24,6 @@ PLOTS: dict[str, Callable[[Results], Plot]] = {
     "aa": plots_gain.aa,
     "sweeps": plots_sweep.sweeps,
 }
-_shared: Results = {}  # what forked processes draw: they inherit it, where sending it takes seconds
 
 
 def draw(results: Results) -> dict[str, Plot]:
@@ -36,24 +33,6 @@ def draw(results: Results) -> dict[str, Plot]:
 
 @contextmanager
 def drawing(results: Results) -> Iterator[Callable[[], dict[str, Plot]]]:
-    """Draws in processes beside this one; what it yields waits for the plots.
-
-    Only on Linux, where a fork of a process with threads is safe as long as the child leaves the
-    libraries of those threads alone; elsewhere the plots are drawn when they are asked for.
-    """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if cores < 2:
-        yield partial(draw, results)
-        return
-    global _shared
-    _shared = results
-    try:
-        with multiprocessing.get_context("fork").Pool(min(cores, len(PLOTS))) as pool:
-            drawn = pool.map_async(_plot, PLOTS, chunksize=1)
-            yield lambda: dict(zip(PLOTS, drawn.get(), strict=True))
-    finally:
-        _shared = {}
-
-
-def _plot(name: str) -> Plot:
-    return PLOTS[name](_shared)
+    """Draws in processes beside this one; what it yields waits for the plots."""
+    with forked(lambda name: PLOTS[name](results), list(PLOTS)) as drawn:
+        yield lambda: dict(zip(PLOTS, drawn(), strict=True))

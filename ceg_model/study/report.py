@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import orjson
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -61,7 +63,8 @@ def _lines(results: dict[str, Any]) -> str:
     parts = []
     for name, part in results.items():
         if isinstance(part, list) and part:
-            text = "[\n  " + ",\n  ".join(map(dumps, part)) + "\n ]"
+            dump = _curve_line if name == "curves" else dumps
+            text = "[\n  " + ",\n  ".join(map(dump, part)) + "\n ]"
         elif isinstance(part, dict) and part:
             items = (f"{dumps(key)}: {dumps(value)}" for key, value in part.items())
             text = "{\n  " + ",\n  ".join(items) + "\n }"
@@ -69,6 +72,21 @@ def _lines(results: dict[str, Any]) -> str:
             text = dumps(part)
         parts.append(f" {dumps(name)}: {text}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _curve_line(curve: dict[str, Any]) -> str:
+    """A curve's numbers are nearly all that results.json holds: orjson takes a tenth of the time.
+
+    It would write NaN as null.
+    """
+    for column in ("flops", "loss", "seconds"):
+        if not math.isfinite(sum(curve.get(column) or ())):
+            raise ValueError(f"curves must hold finite numbers, got {column} of {_who(curve)}")
+    return orjson.dumps(curve).decode()
+
+
+def _who(curve: dict[str, Any]) -> str:
+    return " ".join(str(curve.get(key)) for key in ("arm", "scale", "seed", "budget"))
 
 
 def render(results: dict[str, Any], plotted: Plotted | None = None) -> str:

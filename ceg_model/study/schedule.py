@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,8 +71,9 @@ def schedule(
             spec = run_spec(plan, arm, scale, 0, ours=ours, vocab_size=vocab_size, **more)
             first[like] = spec, run_ids(spec.model, spec.train, data_hash)
         spec, run_of = first[like]
-        spec = replace(spec, seed=seed, train=replace(spec.train, seed=seed), donor=donor)
-        return run_of(seed), spec
+        train = copy(spec.train)  # `replace` would check it again
+        object.__setattr__(train, "seed", seed)
+        return run_of(seed), replace(spec, seed=seed, train=train, donor=donor)
 
     for scale in reversed(plan.scales) if plan.sweep else ():
         for arm in filter(plan.tunes, plan.arms):

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from ceg_model.rundir import (
-    METRICS,
     RESULT,
     RUN,
     Array,
     Columns,
     is_partial,
-    read_columns,
     read_json,
     write_json,
 )
@@ -42,8 +40,7 @@ class Store:
         self.folder = Path(folder)
         self.runs = self.folder / RUNS
         self.report = self.folder / REPORT
-        self._columns: dict[str, Columns] = {}
-        self._abouts: dict[str, tuple[dict[str, str], list[str | None]]] = {}
+        self._read_runs: dict[str, metrics_cache.Run] = {}
 
     def study(self) -> dict[str, Any] | None:
         return read_json(self.folder / STUDY)
@@ -96,7 +93,7 @@ class Store:
         return self.runs / run_id
 
     def run(self, run_id: str) -> dict[str, Any] | None:
-        return read_json(f"{self.runs}/{run_id}/{RUN}")  # 10,000 times: a Path takes longer
+        return read_json(self.path(run_id) / RUN)
 
     def result(self, run_id: str) -> dict[str, Any] | None:
         return read_json(self.path(run_id) / RESULT)
@@ -130,8 +127,8 @@ class Store:
         group's common clock (lockstep.py).
         """
         groups: dict[str, dict[str, Columns]] = {}
-        for run, columns in self._read(list(runs)).items():
-            names = set(self._about(run)[1])
+        for run, (columns, about) in self._read(list(runs)).items():
+            names = set(about.lockstep)
             if len(names) == 1 and (name := names.pop()) is not None:
                 groups.setdefault(name, {})[run] = columns
         clocks: dict[str, Array] = {}
@@ -142,20 +139,20 @@ class Store:
                 clocks |= dict(zip(group, common_clock(raw), strict=True))
         return clocks
 
-    def _read(self, runs: list[str]) -> dict[str, Columns]:
-        """The metrics of runs that have any; kept, so that each file is read once."""
-        missing = [run for run in runs if run not in self._columns]
-        if len(missing) > 1:
-            self._columns |= metrics_cache.read(self.folder / CACHE, self.runs, missing)
-        elif missing and (self.path(missing[0]) / METRICS).is_file():
-            self._columns[missing[0]] = read_columns(self.path(missing[0]))
-        return {run: self._columns[run] for run in runs if run in self._columns}
+    def _read(self, runs: list[str]) -> dict[str, metrics_cache.Run]:
+        """Those runs that have metrics; kept, so that each file is read once."""
+        missing = [run for run in runs if run not in self._read_runs]
+        if missing:
+            cache = self.folder / CACHE if len(missing) > 1 else None
+            self._read_runs |= metrics_cache.read(cache, self.runs, missing)
+        return {run: self._read_runs[run] for run in runs if run in self._read_runs}
 
     def curve(self, run_id: str, key: Key, clock: Array | None = None) -> Curve | None:
         """The evaluations of a run that has any; `clock`, its seconds where not those measured."""
-        rows = self._read([run_id]).get(run_id)
-        if rows is None or not rows.evaluated.size:
+        found = self._read([run_id]).get(run_id)
+        if found is None or not found.columns.evaluated.size:
             return None
+        rows = found.columns
         known = not np.isnan(rows.executed_flops).any()  # null where a backend does not say
         return make_curve(
             key,
@@ -164,26 +161,8 @@ class Store:
             seconds=(rows.train_s if clock is None else clock)[rows.evaluated],
             lr=rows.lr,
             executed_flops=rows.executed_flops if known else None,
-            identity=self._about(run_id)[0],
+            identity=found.about.identity,
         )
-
-    def _about(self, run_id: str) -> tuple[dict[str, str], list[str | None]]:
-        """From run.json, read once: what makes curves comparable, and each session's lockstep."""
-        if run_id not in self._abouts:
-            run = self.run(run_id)
-            if run is None:
-                raise ValueError(f"run folder {self.path(run_id)} must have {RUN}, got none")
-            train, data = run["train"], run["data"]
-            identity = {
-                "data": data["hash"],
-                "tokenizer": data["tokenizer"],
-                "flop_convention": run["flop_convention"],
-                "eval_set": f"{train['eval_batches']} x {train['batch_size']} x "
-                f"{run['model']['seq_len']}",
-            }
-            names = [session.get("lockstep") for session in run.get("sessions", [])]
-            self._abouts[run_id] = identity, names
-        return self._abouts[run_id]
 
     def throughput(self, scale: str) -> dict[str, Any] | None:
         return read_json(self.folder / THROUGHPUT / f"{scale}.json")
