@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import TightLayoutEngine
 
 INK, FAINT, PAPER, SOFT = "#010203", "#040506", "#070809", "#0a0b0c"
 ALG, HW, BAD = "#0d0e0f", "#101112", "#131415"
@@ -79,7 +80,8 @@ def panel(
     `note` stands between title and axes; `label` is what a screen reader says for all of it.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        # One axes: the layout that measures it once, where "constrained" does so twice.
+        figure = Figure(figsize=(width, height), layout=TightLayoutEngine(pad=0.4))
         axes = figure.add_subplot()
         draw(axes)
         axes.set_title(title, pad=19 if note else None)

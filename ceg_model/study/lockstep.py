@@ -16,6 +16,7 @@ import contextvars
 import gc
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,7 +88,12 @@ def log_stretches(seconds: Array) -> Array:
     bursts, so that those of one run less those of another are a sample of ln of their ratio (the
     method of batch means) where rounds are not.
     """
-    ends = np.linspace(0, seconds.size, min(BATCHES, seconds.size) + 1).astype(int)[1:] - 1
-    taken = seconds[ends]
+    taken = seconds[_ends(seconds.size)]
     taken[1:] -= taken[:-1].copy()
     return np.log(taken)
+
+
+@cache
+def _ends(rounds: int) -> NDArray[np.int64]:
+    """The last round of each stretch."""
+    return np.linspace(0, rounds, min(BATCHES, rounds) + 1).astype(np.int64)[1:] - 1

@@ -10,13 +10,14 @@ from ceg_model.study import plots_gain, plots_loss, plots_parts, plots_speed, pl
 from ceg_model.study.forked import forked
 from ceg_model.study.plots_style import Plot, Results
 
-# One that a study has no data for says why instead.
+# One that a study has no data for says why instead. Those that take longest come first, so that
+# the processes that draw them end together.
 PLOTS: dict[str, Callable[[Results], Plot]] = {
-    "flops": partial(plots_loss.losses, axis="flops"),
-    "seconds": partial(plots_loss.losses, axis="seconds"),
+    "bars": plots_parts.bars,
     "range": plots_gain.over_range,
     "trends": plots_gain.trends,
-    "bars": plots_parts.bars,
+    "flops": partial(plots_loss.losses, axis="flops"),
+    "seconds": partial(plots_loss.losses, axis="seconds"),
     "bundles": plots_parts.bundles,
     "roofline": plots_speed.roofline,
     "kernels": plots_speed.kernels,

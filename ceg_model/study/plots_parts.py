@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ PIECES = {
     "devices": (HW, "..."),
     "residual": (FAINT, ""),
 }
+
+Bar = tuple[float, float, float]  # its place, and the logs at which it starts and ends
 
 MAX_INTERVAL = 10.0  # wider ones would flatten the bars
 
@@ -95,6 +98,7 @@ def bars(results: Results) -> Plot:
 
 def _bars(ax: Axes, results: Results, cell_name: str, here: list[str]) -> None:
     ends = [0.9, 1.1]
+    drawn: dict[str, list[Bar]] = {}  # by piece: each call of barh takes its time
     for place, arm in enumerate(here[::-1]):
         cell = results["estimate"]["arms"][arm]["scales"][cell_name]
         edges = {1: 0.0, -1: 0.0}
@@ -102,7 +106,7 @@ def _bars(ax: Axes, results: Results, cell_name: str, here: list[str]) -> None:
         for name, log in found.items():
             sign = 1 if log >= 0 else -1
             start, edges[sign] = edges[sign], edges[sign] + log
-            _bar(ax, place, start, edges[sign], *PIECES[name])
+            drawn.setdefault(name, []).append((place, start, edges[sign]))
         total, measured = time_gain(cell, found)
         if total is not None:
             ax.plot(
@@ -116,6 +120,8 @@ def _bars(ax: Axes, results: Results, cell_name: str, here: list[str]) -> None:
             textcoords="offset points", fontsize=LABEL, weight="bold" if measured else "normal",
         )  # fmt: skip
         ends += [float(np.exp(edge)) for edge in edges.values()]
+    for name, its in drawn.items():
+        _draw_bars(ax, its, *PIECES[name])
     low, high = min(ends) / 1.06, max(ends) ** 1.25 * 1.12  # room for what stands at the right
     ax.set_xscale("log")
     ax.set_xlim(low, high)
@@ -144,10 +150,11 @@ def _said(cell: dict[str, Any], total: float | None) -> str:
     return "no time" if cell["status"] == "ok" else cell["status"]
 
 
-def _bar(ax: Axes, place: float, start: float, end: float, colour: str, hatch: str) -> None:
-    left, right = np.exp(start), np.exp(end)
+def _draw_bars(ax: Axes, bars: Sequence[Bar], colour: str, hatch: str) -> None:
+    places, starts, ends = np.array(bars).T
+    left, right = np.exp(starts), np.exp(ends)
     ax.barh(
-        place, right - left, left=left, height=0.62, color=colour, hatch=hatch, edgecolor=PAPER,
+        places, right - left, left=left, height=0.62, color=colour, hatch=hatch, edgecolor=PAPER,
         linewidth=0.7, zorder=3,
     )  # fmt: skip
 
@@ -217,7 +224,7 @@ def _waterfall(ax: Axes, steps: list[Step]) -> None:
     for i, step in enumerate(steps):
         place, whole = len(steps) - 1 - i, step.kind == "whole"
         start, end = (0.0, step.log) if whole else (at, at + step.log)
-        _bar(ax, place, start, end, *kinds[step.kind])
+        _draw_bars(ax, [(place, start, end)], *kinds[step.kind])
         right = max(start, end)
         if step.ci and step.ci[1] / step.ci[0] < MAX_INTERVAL:
             low, high = (start + float(np.log(v)) for v in step.ci)

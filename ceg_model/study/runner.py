@@ -96,7 +96,9 @@ def run_study(
             note=note,
         )
         pool.begin()
-        return pool.run()
+        summary = pool.run()
+        store.refresh()
+        return summary
 
 
 def _plain(value: Any) -> Any:
