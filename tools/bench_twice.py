@@ -34,6 +34,7 @@ def measured(pipe: Connection) -> None:
 
 def twice(chosen: list[Case], rounds: int) -> list[dict[str, Any]]:
     """Case by case, the medians of both processes; who begins changes from case to case."""
+    measure()  # for both: at the same time they would disturb each other
     context = multiprocessing.get_context("spawn")
     pipes, children = [], []
     for _ in range(2):
