@@ -192,6 +192,18 @@ def test_another_plan_is_refused(study, tokens):
         run_study(dataclasses.replace(PLAN, seeds=(0,)), study, tokens)
 
 
+def test_steps_can_be_timed_for_longer_without_another_study(study):
+    store, plan = Store(study), dataclasses.replace(PLAN, timing_seconds=9.0)
+    before = store.study()
+    again = {**before, "plan": json.loads(json.dumps(plan.to_dict()))}
+    try:
+        assert store.begin(again)["plan"]["timing_seconds"] == 9.0
+        assert Store(study).study() == again  # what the timings are of
+    finally:
+        store.begin(before)
+    assert store.study() == before
+
+
 def test_foreign_folder_is_refused(tmp_path, tokens):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"got one with thesis\.tex"):

@@ -102,6 +102,7 @@ PLANS = {
             budgets=_BUDGETS,
             sweep=Sweep(budget=0.25),
             fast_curves=True,
+            timing_seconds=60.0,
             note="three scales over 30x compute, four budgets each, tuned; hours on two cores",
         ),
         Plan(

@@ -59,11 +59,15 @@ class Store:
             write_json(self.folder / STUDY, study)
             return study
         for key in ("plan", "data_hash", "ours"):
-            if _identity(found, key) != _identity(study, key):
+            left, right = _identity(found, key), _identity(study, key)
+            if left != right:
                 raise ValueError(
                     f"study folder {self.folder} must hold the same {key}: "
-                    f"{_difference(key, found, study)}; name another --out"
+                    f"{_difference(left, right)}; name another --out"
                 )
+        if found["plan"] != study["plan"]:
+            found["plan"] = study["plan"]
+            write_json(self.folder / STUDY, found)
         return found
 
     def _foreign(self) -> list[str]:
@@ -179,16 +183,16 @@ class Store:
 
 
 def _identity(study: dict[str, Any], key: str) -> Any:
-    """What must not change: all but who gets copies of the rows."""
+    """What must not change: all but who gets copies of the rows, and how long steps are timed."""
     value = study.get(key)
     if key != "plan" or value is None:
         return value
     train = {name: field for name, field in value["train"].items() if name != "log_to"}
-    return {**value, "train": train}
+    timing = ("timing_rounds", "timing_seconds")
+    return {name: field for name, field in value.items() if name not in timing} | {"train": train}
 
 
-def _difference(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    left, right = found.get(key), wanted[key]
+def _difference(left: Any, right: Any) -> str:
     if isinstance(left, dict) and isinstance(right, dict):
         for name in right:
             if left.get(name) != right[name]:
