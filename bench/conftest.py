@@ -22,6 +22,7 @@ from ceg_kernels.measure import (
     time_interleaved,
 )
 from ceg_kernels.measure.ceilings import gpu_state
+from ceg_kernels.measure.host import Stolen, stolen_line
 from ceg_kernels.measure.steps import render as render_steps
 from ceg_kernels.measure.suite import PEERS
 from ceg_kernels.measure.table import render, roofs_lines
@@ -30,10 +31,12 @@ from ceg_kernels.op import Cost
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 ROWS = pytest.StashKey[list]()
 ROOFS = pytest.StashKey[Roofs]()
+STOLEN = pytest.StashKey[Stolen]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[STOLEN] = Stolen()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -149,6 +152,8 @@ def pytest_terminal_summary(
     terminalreporter.write_line("\n".join(roofs_lines(roofs)))
     terminalreporter.section("benchmarks")
     console.print(render(rows))
+    if said := stolen_line(config.stash[STOLEN].share(), "rows were timed"):
+        terminalreporter.write_line(said)
     if (steps := render_steps(rows)) is not None:
         terminalreporter.section("training steps")
         console.print(steps)

@@ -26,6 +26,7 @@ from ceg_kernels.measure import (
     cases,
     ceilings,
     clock,
+    host,
     measure,
     quick_bench,
     run_case,
@@ -218,6 +219,23 @@ def test_roofs_of_this_machine():
         assert peak == known[roofs.flops_source[name]]
     assert roofs.copy_bytes_per_s > 1e8
     assert f"({roofs.copy_source})" in "\n".join(roofs_lines(roofs))
+
+
+def test_what_the_host_took_is_the_kernels_steal(tmp_path, monkeypatch):
+    """Columns of proc_stat(5): user nice system idle iowait irq softirq steal guest guest_nice."""
+    monkeypatch.setattr(host, "STAT", stat := tmp_path / "stat")
+    stat.write_text("cpu  100 0 50 9000 3 0 0 10 40 0\ncpu0 1 2 3\n")
+    stolen = host.Stolen()
+    assert stolen.share() == 0.0
+    stat.write_text("cpu  150 5 55 9900 9 6 4 40 99 0\ncpu0 1 2 3\n")
+    assert stolen.share() == 30 / (50 + 5 + 5 + 6 + 4 + 30)
+    assert "took 30% of" in host.stolen_line(stolen.share(), "rows were timed")
+    assert host.stolen_line(0.01, "rows were timed") == ""
+    stat.write_text("intr 5 7\n")
+    assert stolen.share() is None
+    assert host.stolen_line(None, "rows were timed") == ""
+    stat.unlink()
+    assert host.Stolen().share() is None
 
 
 def test_the_gpus_state_is_nvidia_smis(tmp_path, monkeypatch):

@@ -105,6 +105,13 @@ def test_a_number_that_json_has_not_is_refused(value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_host_that_took_processor_time_is_named():
+    results = within_runs(seeds=1, arms=FEW, scales={"S": 1.0})
+    assert "The host took" not in render(results)
+    results["throughput"] = {"S": {"stolen_share": 0.413, "arms": {}}}
+    assert "The host took 41% of this virtual machine" in render(results)
+
+
 def test_incomplete_and_refused_study_renders():
     results = within_runs(arms=FEW)
     results["complete"] = {

@@ -13,6 +13,7 @@ import orjson
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ceg_kernels.measure.host import stolen_line
 from ceg_kernels.measure.page import SYMBOLS
 from ceg_kernels.measure.plot import backends_of, marker_of
 from ceg_kernels.measure.svg import css
@@ -111,6 +112,7 @@ def render(results: dict[str, Any], plotted: Plotted | None = None) -> str:
         r=results,
         estimate=results["estimate"],
         arms=tables.arm_rows(results),
+        limits=[*results["limits"], *_stolen(results)],
         legend=_legend(results),
         gids={arm: look.gid for arm, look in looks(results).items()},
         found=verdicts.found(results),
@@ -132,6 +134,12 @@ def render(results: dict[str, Any], plotted: Plotted | None = None) -> str:
         flags={name: words.FLAGS.get(name, name) for name in tables.used_flags(results, hardware)},
         bench=tables.bench_rows(results),
     )
+
+
+def _stolen(results: dict[str, Any]) -> list[str]:
+    timings = (results.get("throughput") or {}).values()
+    share = max((timing.get("stolen_share") or 0.0 for timing in timings), default=0.0)
+    return list(filter(None, [stolen_line(share, "steps were timed")]))
 
 
 def _plots(plotted: Mapping[str, Plot]) -> dict[str, dict[str, Any]]:

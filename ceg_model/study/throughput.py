@@ -20,6 +20,7 @@ import torch
 
 from ceg_kernels import OPS, use_backend
 from ceg_kernels.measure import ceilings
+from ceg_kernels.measure.host import Stolen
 from ceg_model import energy
 from ceg_model.data import TokenData
 from ceg_model.device import resolve_device
@@ -61,15 +62,18 @@ def measure(
 ) -> dict[str, Any]:
     """Times every variant of every arm at one scale, and the calls of ops in their steps.
 
-    Seconds, FLOPs a step and FLOP/s. joules_per_step is None where no GPU reports it.
+    Seconds, FLOPs a step and FLOP/s. joules_per_step is None where no GPU reports it, stolen_share
+    where no kernel says what the host of a virtual machine took.
     """
     data = TokenData(data_dir)
     device = resolve_device(dict(plan.train).get("device", "auto"))
     with ProcessGroup.joined(device) as group:
         keys, made = _make(plan, scale, ours, data, group)
         steps = {key: variant.step for key, variant in made.items()}
+        stolen = Stolen()
         samples = rounds(steps, least=plan.timing_rounds, seconds=plan.timing_seconds,
                          progress=progress)  # fmt: skip
+        stolen_share = stolen.share()
         base, stock = keys[plan.baseline, "study"], keys[plan.baseline, "torch"]
         own = {arm: keys[arm, "study"] for arm in plan.arms}
         kernels = kernel_parts(plan, keys, made, samples)
@@ -95,6 +99,7 @@ def measure(
     return {
         "scale": scale.name,
         "rounds": len(samples[base]),
+        "stolen_share": stolen_share,
         "device": device.type,
         "devices": group.world,
         "threads": torch.get_num_threads(),
