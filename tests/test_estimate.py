@@ -6,7 +6,9 @@ Left out: curves so noisy that no rule would find a crossing. Endpoint mode: tes
 import dataclasses
 import json
 import os
+import signal
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from ceg_model.study.cells import OptionError, Options
 from ceg_model.study.crossing import cross, log_flops_at, noise_sd
 from ceg_model.study.curves import CurveError, Key, make_curve, read_csv
 from ceg_model.study.estimate import estimate
+from ceg_model.study.forked import forked
 from ceg_model.study.trend import classify, slope_of
 
 
@@ -500,6 +503,16 @@ def test_arms_that_are_compared_side_by_side_get_the_same_answer(monkeypatch):
     with pytest.raises(RuntimeError, match="in process") as error:
         estimate(curves)
     assert str(os.getpid()) not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core needs no other process")
+def test_a_process_that_was_killed_is_an_error_and_no_wait_without_end():
+    with (
+        pytest.raises(BrokenProcessPool),
+        forked(lambda i: os.kill(os.getpid(), signal.SIGKILL) if i else i, [0, 1]) as found,
+    ):
+        found()
 
 
 def test_options_are_checked():

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -36,9 +37,11 @@ def forked(
         return
     before, _inherited = _inherited, function
     try:
-        with multiprocessing.get_context("fork").Pool(min(cores, len(items))) as pool:
-            found = pool.map_async(_call, items, chunksize=1)
-            yield found.get
+        # An executor tells when a child was killed, where a Pool would wait for it.
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(cores, len(items)), mp_context=context) as pool:
+            found = pool.map(_call, items)
+            yield lambda: list(found)
     finally:
         _inherited = before
 
