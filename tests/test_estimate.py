@@ -5,10 +5,6 @@ Left out: curves so noisy that no rule would find a crossing. Endpoint mode: tes
 
 import dataclasses
 import json
-import os
-import signal
-import sys
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -18,7 +14,6 @@ from ceg_model.study.cells import OptionError, Options
 from ceg_model.study.crossing import cross, log_flops_at, noise_sd
 from ceg_model.study.curves import CurveError, Key, make_curve, read_csv
 from ceg_model.study.estimate import estimate
-from ceg_model.study.forked import forked
 from ceg_model.study.trend import classify, slope_of
 
 
@@ -485,34 +480,6 @@ def test_smoothed_losses_are_refused(tmp_path):
     text = "arm,loss,flops,smoothed\nbaseline,2,5,yes\nbaseline,1,6,yes\narm,2,5,no\narm,1,6,no\n"
     out = estimate(read_csv(write(tmp_path, text)))["arms"]["arm"]
     assert "smoothed" in out["reasons"][0]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core compares them one by one")
-def test_arms_that_are_compared_side_by_side_get_the_same_answer(monkeypatch):
-    more = [dataclasses.replace(c, key=Key("other", seed=c.key.seed)) for c in shifted(3.0)[2:]]
-    curves = [*shifted(2.0), *more]
-    alone = estimate(curves)
-    monkeypatch.setattr(sys.modules[estimate.__module__], "MANY", 1)
-    assert estimate(curves) == alone
-
-    def fails(*_):
-        raise RuntimeError(f"in process {os.getpid()}")
-
-    monkeypatch.setattr("ceg_model.study.within.over_range", fails)
-    with pytest.raises(RuntimeError, match="in process") as error:
-        estimate(curves)
-    assert str(os.getpid()) not in str(error.value)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core needs no other process")
-def test_a_process_that_was_killed_is_an_error_and_no_wait_without_end():
-    with (
-        pytest.raises(BrokenProcessPool),
-        forked(lambda i: os.kill(os.getpid(), signal.SIGKILL) if i else i, [0, 1]) as found,
-    ):
-        found()
 
 
 def test_options_are_checked():

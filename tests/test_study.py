@@ -30,7 +30,7 @@ from ceg_model.study.plans import PLANS, plan_named
 from ceg_model.study.report import write_report
 from ceg_model.study.runner import our_kernels, run_study
 from ceg_model.study.schedule import schedule
-from ceg_model.study.store import FIRST_FAILURE, Store
+from ceg_model.study.store import CACHE, FIRST_FAILURE, Store
 from ceg_model.study.throughput import variants
 
 PLAN = Plan(
@@ -77,6 +77,7 @@ def study(tmp_path_factory, tokens):
     out = tmp_path_factory.mktemp("study") / "one"
     summary = run_study(PLAN, out, tokens)
     assert (summary.planned, summary.done, summary.failed) == (6, 6, [])
+    assert (out / CACHE).is_file()  # for the report, which would have to read every run
     return out
 
 

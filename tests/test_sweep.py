@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from ceg_model.rundir import RUN, read_json
 from ceg_model.study.collect import collect
 from ceg_model.study.plan import Plan, model_config, trained_backends
 from ceg_model.study.plans import PLANS, _scale
@@ -178,7 +179,7 @@ def test_a_swept_study_runs_resumes_and_reports(tokens, tmp_path):
     sessions = [
         session
         for path in (tmp_path / "whole" / "runs").iterdir()
-        for session in Store(tmp_path / "whole").run(path.name)["sessions"]
+        for session in read_json(path / RUN)["sessions"]
     ]
     assert sum(session["from_step"] > 0 for session in sessions) >= 10  # grown on a trunk
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from ceg_model.rundir import (
     RESULT,
-    RUN,
     Array,
     Columns,
     is_partial,
@@ -95,9 +94,6 @@ class Store:
 
     def path(self, run_id: str) -> Path:
         return self.runs / run_id
-
-    def run(self, run_id: str) -> dict[str, Any] | None:
-        return read_json(self.path(run_id) / RUN)
 
     def result(self, run_id: str) -> dict[str, Any] | None:
         return read_json(self.path(run_id) / RESULT)
