@@ -95,9 +95,6 @@ class Store:
     def path(self, run_id: str) -> Path:
         return self.runs / run_id
 
-    def result(self, run_id: str) -> dict[str, Any] | None:
-        return read_json(self.path(run_id) / RESULT)
-
     def index(self) -> dict[str, dict[str, Any]]:
         """Every run's result by id; {"status": "unfinished"} where it has none yet."""
         found: dict[str, dict[str, Any]] = {}
