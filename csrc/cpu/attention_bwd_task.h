@@ -176,8 +176,7 @@ class Backward {
     pack_columns<E>(p_.dtype, k, t_.k_columns);
     pack_columns<E>(p_.dtype, v, t_.v_columns);
     if (for_dq) {
-      pack_steps<E>(p_.dtype, k, t_.k_steps, n_.q_width, logits_.folded);
-      k_finite_ = all_finite(t_.k_steps, round_up(count, kD) * n_.q_width);
+      k_finite_ = pack_steps<E>(p_.dtype, k, t_.k_steps, n_.q_width, logits_.folded);
     }
   }
 
@@ -207,17 +206,14 @@ class Backward {
     Item* const q_rows = t_.q_rows + r * n_.q_width;
     Item* const dout_rows = t_.dout_rows + r * n_.v_width;
     if (kD == 1 || !for_dkv) {
-      pack_rows<E>(p_.dtype, q, q_rows, n_.q_width, logits_.folded);
-      pack_rows<E>(p_.dtype, dout, dout_rows, n_.v_width);
+      q_finite_ = pack_rows<E>(p_.dtype, q, q_rows, n_.q_width, logits_.folded);
+      dout_finite_ = pack_rows<E>(p_.dtype, dout, dout_rows, n_.v_width);
     }
     if constexpr (kD > 1) {
       if (for_dkv) {
         q_finite_ = pack_rows_and_steps<E>(q, q_rows, t_.q_steps, n_.q_width);
         dout_finite_ = pack_rows_and_steps<E>(dout, dout_rows, t_.dout_steps, n_.v_width);
       }
-    } else if (for_dkv) {
-      q_finite_ = all_finite(q_rows, count * n_.q_width);
-      dout_finite_ = all_finite(dout_rows, count * n_.v_width);
     }
     for (int64_t i = 0; i < count; ++i) {
       const C lse = *stat(args_.lse, g, i0 + i);

@@ -65,9 +65,11 @@ class Task {
         task_(task),
         kv_head_(kv_head),
         rows_(task.count * args.problem.group()),
+        tile_rows_(args.problem.few_rows() ? kTileRows : E::kRows),
         band_(args.problem, task.batch),
         n_(args.problem),
         logits_(args.problem),
+        row_scale_(logits_.plain() ? logits_.scale : C(1)),
         t_(scratch) {}
 
   void run() {
@@ -84,8 +86,9 @@ class Task {
       const Range block = intersect({j0, j0 + kBlock}, keys);
       load_keys(j0, block.last - j0);
       Ahead<2> next = keys_ahead(block.last, keys.last);
-      for (int64_t r = 0; r < rows_; r += E::kRows) {
-        visit(r, static_cast<int>(rows_ - r < E::kRows ? rows_ - r : E::kRows), block, j0, next);
+      for (int64_t r = 0; r < rows_; r += tile_rows_) {
+        visit(r, static_cast<int>(rows_ - r < tile_rows_ ? rows_ - r : tile_rows_), block, j0,
+              next);
       }
     }
     *args_.executed += executed_;
@@ -129,14 +132,13 @@ class Task {
     v_rows_ = rows(args_.v, first, kv_head_, count, p_.value_dim);
     if (p_.few_rows()) return;
     pack_columns<E>(p_.dtype, k_rows_, t_.k);
-    pack_steps<E>(p_.dtype, v_rows_, t_.v, n_.v_width);
-    v_finite_ = all_finite(t_.v, round_up(count, E::kDepth) * n_.v_width);
+    v_finite_ = pack_steps<E>(p_.dtype, v_rows_, t_.v, n_.v_width);
   }
 
   Ahead<2> keys_ahead(int64_t j, int64_t stop) const {
     const int64_t first = p_.k_begin(task_.batch) + j;
     const int64_t count = p_.few_rows() ? 0 : stop - j < kBlock ? stop - j : kBlock;
-    const int64_t tiles = (rows_ + E::kRows - 1) / E::kRows;
+    const int64_t tiles = (rows_ + tile_rows_ - 1) / tile_rows_;
     return {p_.dtype,
             {rows(args_.k, first, kv_head_, count, p_.head_dim),
              rows(args_.v, first, kv_head_, count, p_.value_dim)},
@@ -218,46 +220,62 @@ class Task {
     }
   }
 
+  // As many rows at once as a vector has lanes, so that their maxima and sums are folded together.
   void softmax(int64_t r, int rows, int64_t j0, Range columns, C* rescale) {
-    const C scale = logits_.plain() ? logits_.scale : C(1);
-    C top[kStats];
-    // Logits, and the largest of each row.
-    for (int i = 0; i < rows; ++i) {
-      C* s = t_.s + i * kBlock;
-      const Range own = {t_.keys[r + i].first - j0, t_.keys[r + i].last - j0};
-      if (!logits_.plain()) to_logits(s, columns, r + i, j0);
-      if (own.first > columns.first || own.last < columns.last) {
-        for (int64_t c = columns.first; c < columns.last; c += kL) {
-          store(s + c, keep(load<C>(s + c), c, own, -kInf));
-        }
+    for (int first = 0; first < rows; first += kL) {
+      const int count = rows - first < kL ? rows - first : kL;
+      C* const s = t_.s + first * kBlock;
+      Item* const p = t_.p + first * kBlock;
+      C* const tops = t_.top + r + first;
+      C* const sums = t_.sum + r + first;
+      Vec<C> each[kL] = {};
+      for (int i = 0; i < count; ++i) {
+        each[i] = logits(s + i * kBlock, r + first + i, j0, columns);
       }
-      Vec<C> high = load<C>(s + columns.first);
-      for (int64_t c = columns.first + kL; c < columns.last; c += kL) {
-        high = max(load<C>(s + c), high);
-      }
-      top[i] = std::fmax(t_.top[r + i], reduce_max(high) * scale);
-    }
-    // What the rows have summed up so far, brought to the new maximum.
-    for (int i = 0; i < rows; i += kL) {
-      const Vec<C> now = load_n<C>(top + i, rows - i);
+      const Vec<C> high = reduce_each(each, [](auto a, auto b) { return max(a, b); });
+      // What the rows have summed up so far, brought to the new maximum.
+      const Vec<C> before = load_n<C>(tops, count);
+      const Vec<C> now = max(high * row_scale_, before);
       // Nothing visible yet: any finite number keeps exp(-inf - shift) at 0 instead of NaN.
       const Vec<C> shift = now == -kInf ? Vec<C>{} : now;
-      store(rescale + i, exp(load_n<C>(t_.top + r + i, rows - i) - shift));
-      store_n(t_.top + r + i, now, rows - i);
-      store(top + i, shift);
-    }
-    // Probabilities and their sums.
-    for (int i = 0; i < rows; ++i) {
-      const C* s = t_.s + i * kBlock;
-      Vec<C> sum = {};
-      for (int64_t c = columns.first; c < columns.last; c += 2 * kL) {
-        const Vec<C> a = exp(load<C>(s + c) * scale - top[i]);
-        const Vec<C> b = exp(load<C>(s + c + kL) * scale - top[i]);
-        sum += a + b;
-        E::store_a(t_.p + i * kBlock + c, a, b);
+      const Vec<C> factor = exp(before - shift);
+      store(rescale + first, factor);
+      store_n(tops, now, count);
+      for (int i = 0; i < count; ++i) {
+        each[i] = probabilities(s + i * kBlock, p + i * kBlock, columns, shift[i]);
       }
-      t_.sum[r + i] = t_.sum[r + i] * rescale[i] + reduce_add(sum);
+      const Vec<C> more = reduce_each(each, [](auto a, auto b) { return a + b; });
+      store_n(sums, load_n<C>(sums, count) * factor + more, count);
     }
+  }
+
+  // Of row r: masked keys become -inf. The largest of each lane.
+  Vec<C> logits(C* s, int64_t r, int64_t j0, Range columns) const {
+    const Range own = {t_.keys[r].first - j0, t_.keys[r].last - j0};
+    if (!logits_.plain()) to_logits(s, columns, r, j0);
+    if (own.first > columns.first || own.last < columns.last) {
+      for (int64_t c = columns.first; c < columns.last; c += kL) {
+        store(s + c, keep(load<C>(s + c), c, own, -kInf));
+      }
+    }
+    Vec<C> even = load<C>(s + columns.first), odd = load<C>(s + columns.first + kL);
+    for (int64_t c = columns.first + 2 * kL; c < columns.last; c += 2 * kL) {
+      even = max(load<C>(s + c), even);
+      odd = max(load<C>(s + c + kL), odd);
+    }
+    return max(even, odd);
+  }
+
+  // Their sum, by lane.
+  Vec<C> probabilities(const C* s, Item* p, Range columns, C top) const {
+    Vec<C> sum = {};
+    for (int64_t c = columns.first; c < columns.last; c += 2 * kL) {
+      const Vec<C> a = exp(load<C>(s + c) * row_scale_ - top);
+      const Vec<C> b = exp(load<C>(s + c + kL) * row_scale_ - top);
+      sum += a + b;
+      E::store_a(p + c, a, b);
+    }
+    return sum;
   }
 
   void to_logits(C* s, Range columns, int64_t r, int64_t j0) const {
@@ -309,10 +327,11 @@ class Task {
   const AttentionFwdArgs& args_;
   const AttentionProblem& p_;
   const AttentionTask& task_;
-  int64_t kv_head_, rows_;
+  int64_t kv_head_, rows_, tile_rows_;
   Band band_;
   Sizes<E> n_;
   Logits<E> logits_;
+  C row_scale_;  // what the softmax still has to apply
   Scratch<E> t_;
   Rows k_rows_ = {}, v_rows_ = {};  // of the block
   int64_t executed_ = 0;

@@ -16,6 +16,8 @@ namespace ceg::CEG_ISA {
 
 // 24 (12) accumulators, 4 (2) vectors of B and a broadcast fill 32 (16) registers.
 inline constexpr int kTileRows = 6;
+// Tiles that a panel of B serves while it is in L1.
+inline constexpr int kTiles = 4;
 #if defined(__AVX512F__)
 inline constexpr int kTileVecs = 4;
 #else
@@ -33,7 +35,7 @@ struct Fma {
   using ThreadState = NoThreadState;
   static constexpr int kDepth = 1;
   static constexpr int kAlign = 1;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kForwardBlocks = 1;
   static constexpr bool kStridedA = true;
   static constexpr int kRowPad = 1;  // what a product rounds its sizes up to
@@ -57,7 +59,7 @@ struct DotBf16 {
   using ThreadState = NoThreadState;
   static constexpr int kDepth = 2;
   static constexpr int kAlign = 2;
-  static constexpr int kRows = kTileRows;
+  static constexpr int kRows = kTiles * kTileRows;
   static constexpr int kForwardBlocks = 1;
   static constexpr bool kStridedA = true;
   static constexpr int kRowPad = 1;
@@ -122,13 +124,14 @@ inline int64_t gemm_flops(const Gemm<E>& g, int64_t rows, int64_t columns) {
 }
 
 template <class E, int rows, int vecs>
-void gemm_tile(const Gemm<E>& g, const typename E::Item* b, typename E::Compute* c) {
+void gemm_tile(const Gemm<E>& g, int first, const typename E::Item* b, typename E::Compute* c) {
   using C = typename E::Compute;
   constexpr int lanes = kLanes<C>;
   // From zero also where C is added to: the rounding errors then grow with the steps and with the
   // number of calls apart, not with their product.
   Vec<C> acc[rows][vecs] = {};
-  const typename E::Item* a = g.a;
+  const typename E::Item* a = g.a + first * g.a_row;
+  c += first * g.c_row;
   for (int64_t step = 0; step < g.steps; ++step) {
     typename E::Operand bv[vecs];
 #pragma GCC unroll 8
@@ -147,20 +150,21 @@ void gemm_tile(const Gemm<E>& g, const typename E::Item* b, typename E::Compute*
 #pragma GCC unroll 8
     for (int v = 0; v < vecs; ++v) {
       C* out = c + r * g.c_row + v * lanes;
-      store(out, g.scale ? load<C>(out) * g.scale[r] + acc[r][v] : acc[r][v]);
+      store(out, g.scale ? load<C>(out) * g.scale[first + r] + acc[r][v] : acc[r][v]);
     }
   }
 }
 
 template <class E, int... index>
-inline void gemm_dispatch(const Gemm<E>& g, int rows, int vecs, const typename E::Item* b,
-                          typename E::Compute* c, std::integer_sequence<int, index...>) {
-  using Tile = void (*)(const Gemm<E>&, const typename E::Item*, typename E::Compute*);
+inline void gemm_dispatch(const Gemm<E>& g, int first, int rows, int vecs,
+                          const typename E::Item* b, typename E::Compute* c,
+                          std::integer_sequence<int, index...>) {
+  using Tile = void (*)(const Gemm<E>&, int, const typename E::Item*, typename E::Compute*);
   static constexpr Tile tiles[] = {&gemm_tile<E, index / kTileVecs + 1, index % kTileVecs + 1>...};
-  tiles[(rows - 1) * kTileVecs + vecs - 1](g, b, c);
+  tiles[(rows - 1) * kTileVecs + vecs - 1](g, first, b, c);
 }
 
-// `rows` <= kTileRows rows of C, columns [0, columns) rounded up to whole vectors.
+// `rows` <= E::kRows rows of C, columns [0, columns) rounded up to whole vectors.
 template <class E>
 inline void gemm(const Gemm<E>& g, int rows, int64_t columns) {
   constexpr int lanes = kLanes<typename E::Compute>;
@@ -169,7 +173,10 @@ inline void gemm(const Gemm<E>& g, int rows, int64_t columns) {
   for (int64_t n = 0; n < columns; n += kPanel<E>, b += g.b_panel) {
     const int64_t left = (columns - n + lanes - 1) / lanes;
     const int vecs = left < kTileVecs ? static_cast<int>(left) : kTileVecs;
-    gemm_dispatch<E>(g, rows, vecs, b, g.c + n, Tiles{});
+    for (int r = 0; r < rows; r += kTileRows) {
+      gemm_dispatch<E>(g, r, rows - r < kTileRows ? rows - r : kTileRows, vecs, b, g.c + n,
+                       Tiles{});
+    }
   }
 }
 

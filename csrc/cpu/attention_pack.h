@@ -76,34 +76,49 @@ class Ahead {
   int64_t item_bytes_, steps_, step_ = 0, done_ = 0;
 };
 
+// Of bf16: all bits of an item that is inf or NaN.
+inline Half not_finite(Half items) { return (items & 0x7f80) == 0x7f80; }
+inline bool none(Half bits) {
+  return reduce(bits, [](auto a, auto b) { return a | b; }) == 0;
+}
+
 // A operand, [count][ld]: row-major items, times `scale` where the engine keeps full precision.
+// False where one of them is inf or NaN.
 template <class E, class S>
-inline void pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
+inline bool pack_rows_as(const Rows& rows, typename E::Item* out, int64_t ld,
                          typename E::Compute scale = 1) {
-  constexpr int lanes = kLanes<typename E::Compute>;
+  using C = typename E::Compute;
+  constexpr int lanes = kLanes<C>;
+  Vec<C> zeros = {};
+  Half bad = {};
   for (int64_t r = 0; r < rows.count; ++r) {
     prefetch_row(rows, r + kRowsAhead, sizeof(S));
     const S* p = row_of<typename E::Compute, S>(rows, r);
     for (int64_t d = 0; d < ld; d += lanes) {
       if constexpr (E::kDepth == 2) {
         const Half bits = load_half_n(p + d, rows.width - d);
+        bad |= not_finite(bits);
         std::memcpy(out + r * ld + d, &bits, sizeof bits);
       } else {
-        store(out + r * ld + d, load_n<typename E::Compute>(p + d, rows.width - d) * scale);
+        const Vec<C> items = load_n<C>(p + d, rows.width - d) * scale;
+        zeros += items * C(0);
+        store(out + r * ld + d, items);
       }
     }
   }
+  return none(bad) && reduce_add(zeros) == 0;
 }
 
-// B operand, [count up to kAlign / depth][ld][depth]: k runs over the rows. `scale` as above.
+// B operand, [count up to kAlign / depth][ld][depth]: k runs over the rows. The rest as above.
 template <class E, class S>
-inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld,
+inline bool pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld,
                           typename E::Compute scale) {
   using C = typename E::Compute;
   constexpr int lanes = kLanes<C>;
   if constexpr (E::kDepth == 1) {
-    pack_rows_as<E, S>(rows, out, ld, scale);
+    return pack_rows_as<E, S>(rows, out, ld, scale);
   } else {
+    Half bad = {};
     const int64_t stop = round_up(rows.count, E::kAlign);
     for (int64_t r = 0; r < stop; r += 2) {
       prefetch_row(rows, r + kRowsAhead, sizeof(S));
@@ -115,11 +130,13 @@ inline void pack_steps_as(const Rows& rows, typename E::Item* out, int64_t ld,
       for (int64_t d = 0; d < ld; d += lanes) {
         const Half a = load_half_n(even + d, even_width - d);
         const Half b = load_half_n(odd + d, odd_width - d);
+        bad |= not_finite(a) | not_finite(b);
         const Vec<uint32_t> pair = __builtin_convertvector(a, Vec<uint32_t>) |
                                    __builtin_convertvector(b, Vec<uint32_t>) << 16;
         std::memcpy(out + r * ld + 2 * d, &pair, sizeof pair);
       }
     }
+    return none(bad);
   }
 }
 
@@ -157,25 +174,27 @@ inline void pack_columns_as(const Rows& rows, typename E::Item* out) {
 }
 
 template <class E, class Pack>
-inline void pack_with(DType dtype, Pack pack) {
+inline auto pack_with(DType dtype, Pack pack) {
   if constexpr (std::is_same_v<typename E::Compute, double>) {
-    pack(double{});
+    return pack(double{});
   } else if constexpr (E::kDepth == 2) {
-    pack(bf16{});
+    return pack(bf16{});
   } else {
-    with_storage(dtype, pack);
+    return with_storage(dtype, pack);
   }
 }
 
 template <class E>
-void pack_rows(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
+bool pack_rows(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
                typename E::Compute scale = 1) {
-  pack_with<E>(dtype, [&](auto s) { pack_rows_as<E, decltype(s)>(rows, out, ld, scale); });
+  return pack_with<E>(dtype,
+                      [&](auto s) { return pack_rows_as<E, decltype(s)>(rows, out, ld, scale); });
 }
 template <class E>
-void pack_steps(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
+bool pack_steps(DType dtype, const Rows& rows, typename E::Item* out, int64_t ld,
                 typename E::Compute scale = 1) {
-  pack_with<E>(dtype, [&](auto s) { pack_steps_as<E, decltype(s)>(rows, out, ld, scale); });
+  return pack_with<E>(dtype,
+                      [&](auto s) { return pack_steps_as<E, decltype(s)>(rows, out, ld, scale); });
 }
 template <class E>
 void pack_columns(DType dtype, const Rows& rows, typename E::Item* out) {
@@ -201,7 +220,7 @@ bool pack_rows_and_steps(const Rows& rows, typename E::Item* by_row, typename E:
     for (int64_t d = 0; d < ld; d += kLanes<C>) {
       const Half a = load_half_n(even + d, even_width - d);
       const Half b = load_half_n(odd + d, odd_width - d);
-      bad |= ((a & 0x7f80) == 0x7f80) | ((b & 0x7f80) == 0x7f80);
+      bad |= not_finite(a) | not_finite(b);
       std::memcpy(by_row + r * ld + d, &a, sizeof a);
       std::memcpy(by_row + (r + 1) * ld + d, &b, sizeof b);
       const Vec<uint32_t> pair = __builtin_convertvector(a, Vec<uint32_t>) |
@@ -209,7 +228,7 @@ bool pack_rows_and_steps(const Rows& rows, typename E::Item* by_row, typename E:
       std::memcpy(by_step + r * ld + 2 * d, &pair, sizeof pair);
     }
   }
-  return reduce(bad, [](auto a, auto b) { return a | b; }) == 0;
+  return none(bad);
 }
 
 // Result rows, each times scale(r), rounded once.
@@ -230,23 +249,6 @@ void unpack_rows(DType dtype, const C* from, int64_t ld, Scale scale, const Rows
     write(double{});
   } else {
     with_storage(dtype, write);
-  }
-}
-
-// True where no item of [n] is inf or NaN.
-template <class Item>
-bool all_finite(const Item* p, int64_t n) {
-  if constexpr (sizeof(Item) == 2) {
-    Half bad = {};
-    constexpr int lanes = sizeof(Half) / sizeof(uint16_t);
-    for (int64_t i = 0; i < n; i += lanes) {
-      bad |= (load_half_n(p + i, lanes) & 0x7f80) == 0x7f80;
-    }
-    return reduce(bad, [](auto a, auto b) { return a | b; }) == 0;
-  } else {
-    Vec<Item> sum = {};
-    for (int64_t i = 0; i < n; i += kLanes<Item>) sum += load<Item>(p + i) * Item(0);
-    return reduce_add(sum) == 0;
   }
 }
 

@@ -392,4 +392,18 @@ inline Scalar<V> reduce_max(V v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Lane i is the fold of rows[i], in the order of `reduce`. Overwrites rows, one for each lane.
+template <class V, class Combine>
+inline V reduce_each(V* rows, Combine combine) {
+#pragma GCC unroll 4
+  for (int n = kLanes<Scalar<V>> / 2; n >= 1; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      rows[i] =
+          combine(interleave_low(rows[i], rows[i + n]), interleave_high(rows[i], rows[i + n]));
+    }
+  }
+  return rows[0];
+}
+
 }  // namespace ceg::CEG_ISA
