@@ -73,9 +73,11 @@ struct Choices {
   int64_t count;
 };
 
+// `next` are of another token: its rows lie anywhere, so only we know what to fetch meanwhile.
 template <class S, class C>
-void combine_row(S* out, Choices<S, C> choices, int64_t dim, bool streaming) {
+void combine_row(S* out, Choices<S, C> choices, Choices<S, C> next, int64_t dim, bool streaming) {
   for_each_vec<C>(dim, [&](int64_t i, int64_t n) {
+    for (int64_t k = 0; k < next.count; ++k) prefetch_line(next.rows[k], i);
     Vec<C> sum = {};
     for (int64_t k = 0; k < choices.count; ++k) {
       sum += load_n<C>(choices.rows[k] + i, n) * choices.weights[k];
@@ -93,19 +95,23 @@ void combine(const MoeCombineArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     const DenormalsOff guard;
-    Scratch<const S*> rows(top_k);
-    Scratch<C> weights(top_k);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < tokens; ++n) {
+    Scratch<const S*> rows(2 * top_k);
+    Scratch<C> weights(2 * top_k);
+    const auto choices = [&](int64_t n) {
+      const int64_t place = n % 2 * top_k;
+      Choices<S, C> kept = {rows.data() + place, weights.data() + place, 0};
       const int32_t* slots = a.slots.ptr<int32_t>() + n * a.slots.stride[0];
-      Choices<S, C> kept = {rows.data(), weights.data(), 0};
-      for (int64_t k = 0; k < top_k; ++k) {
+      for (int64_t k = 0; n < tokens && k < top_k; ++k) {
         if (slots[k] < 0) continue;
         kept.rows[kept.count] = a.y.ptr<S>() + slots[k] * a.y.stride[0];
         kept.weights[kept.count++] =
             a.weights ? a.weights->ptr<C>()[n * a.weights->stride[0] + k] : C{1};
       }
-      combine_row(a.out.ptr<S>() + n * a.out.stride[0], kept, dim, streaming);
+      return kept;
+    };
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < tokens; ++n) {
+      combine_row(a.out.ptr<S>() + n * a.out.stride[0], choices(n), choices(n + 1), dim, streaming);
     }
     stream_fence();
   }

@@ -37,6 +37,7 @@ void forward(const RmsNormFwdArgs& a) {
   const int64_t rows = a.x.shape[0], dim = a.x.shape[1];
   ColumnScale<C> column_scale(a.weight, dim, a.weight_offset);
   const C* scale = column_scale.data();
+  const int64_t ahead = rows_ahead(dim * static_cast<int64_t>(sizeof(S)));
   const bool stream_y = streams(a.y, kStreamAlign<S>);
   const bool stream_sum = a.residual_out && streams(*a.residual_out, kStreamAlign<S>);
 
@@ -65,9 +66,9 @@ void forward(const RmsNormFwdArgs& a) {
       a.rstd.ptr<C>()[row * a.rstd.stride[0]] = rstd;
 
       // Scale and write.
-      // The next row is fetched meanwhile, or memory would only be read in the
+      // A later row is fetched meanwhile, or memory would only be read in the
       // phase before.
-      const S* next = x + (row + 1 < rows ? a.x.stride[0] : 0);
+      const S* next = x + (row + ahead < rows ? ahead * a.x.stride[0] : 0);
       for_each_vec<C>(dim, [&](int64_t i, int64_t n) {
         prefetch_line(next, i);
         const Vec<C> v = h(i, n);
@@ -135,10 +136,8 @@ void backward_rows(const RmsNormBwdArgs& a, int64_t first, const C* scale, bool 
   }
 
   // Write.
-  // A row's vectors of one cache line follow each other: streamed in turn with other rows', the
-  // halves of a line of 16-bit items may reach memory one by one.
   constexpr int64_t lanes = kLanes<C>;
-  const auto columns = [&](int64_t i, auto vectors, int64_t n) {
+  for_each_line<C, S>(dim, [&](int64_t i, auto vectors, int64_t n) {
     constexpr int kVectors = decltype(vectors)::value;
     Vec<C> dw[kVectors] = {};
     for (int r = 0; r < kRows; ++r) {
@@ -156,15 +155,7 @@ void backward_rows(const RmsNormBwdArgs& a, int64_t first, const C* scale, bool 
       C* into = partial + i + u * lanes;
       store_n(into, load_n<C>(into, n) + dw[u], n);
     }
-  };
-  constexpr int kTogether = sizeof(C) / sizeof(S);
-  int64_t i = 0;
-  for (; i + kTogether * lanes <= dim; i += kTogether * lanes) {
-    columns(i, std::integral_constant<int, kTogether>{}, lanes);
-  }
-  for (; i < dim; i += lanes) {
-    columns(i, std::integral_constant<int, 1>{}, std::min<int64_t>(lanes, dim - i));
-  }
+  });
 }
 
 template <class S>

@@ -23,20 +23,33 @@ struct Angles {
   C sign;        // of sin, where it is not interleaved
 };
 
+// Both fetch what lies `ahead` items after x.
 template <class S, class C>
-inline void rotate_halves(const S* x, S* out, Angles<C> a, int64_t half, bool streaming) {
-  for_each_vec<C>(half, [&](int64_t i, int64_t n) {
-    const Vec<C> c = load_n<C>(a.cos + i, n), s = load_n<C>(a.sin + i, n) * a.sign;
-    const Vec<C> first = load_n<C>(x + i, n), second = load_n<C>(x + half + i, n);
-    put(out + i, first * c - second * s, n, streaming);
-    put(out + half + i, second * c + first * s, n, streaming);
+inline void rotate_halves(const S* x, S* out, Angles<C> a, int64_t half, int64_t ahead,
+                          bool streaming) {
+  for_each_line<C, S>(half, [&](int64_t i, auto vectors, int64_t n) {
+    constexpr int kVectors = decltype(vectors)::value;
+    prefetch_line(x + ahead, i);
+    prefetch_line(x + ahead + half, i);
+    Vec<C> low[kVectors], high[kVectors];
+    for (int u = 0; u < kVectors; ++u) {
+      const int64_t j = i + u * kLanes<C>;
+      const Vec<C> c = load_n<C>(a.cos + j, n), s = load_n<C>(a.sin + j, n) * a.sign;
+      const Vec<C> first = load_n<C>(x + j, n), second = load_n<C>(x + half + j, n);
+      low[u] = first * c - second * s;
+      high[u] = second * c + first * s;
+    }
+    for (int u = 0; u < kVectors; ++u) put(out + i + u * kLanes<C>, low[u], n, streaming);
+    for (int u = 0; u < kVectors; ++u) put(out + half + i + u * kLanes<C>, high[u], n, streaming);
   });
 }
 
 template <class S, class C>
-inline void rotate_pairs(const S* x, S* out, Angles<C> a, int64_t rotary, bool streaming) {
+inline void rotate_pairs(const S* x, S* out, Angles<C> a, int64_t rotary, int64_t ahead,
+                         bool streaming) {
   static_assert(kLanes<C> % 2 == 0, "a vector holds whole pairs");
   for_each_vec<C>(rotary, [&](int64_t i, int64_t n) {
+    prefetch_line(x + ahead, i);
     const Vec<C> v = load_n<C>(x + i, n);
     put(out + i, v * load<C>(a.cos + i) + swap_pairs(v) * load<C>(a.sin + i), n, streaming);
   });
@@ -55,11 +68,13 @@ class Rotation {
     const S* from = x.ptr<S>() + b * x.stride[0] + t * x.stride[1];
     S* to = out.ptr<S>() + b * out.stride[0] + t * out.stride[1];
     const int64_t head_dim = x.shape[3];
+    const int64_t tokens = rows_ahead(x.shape[2] * head_dim * static_cast<int64_t>(sizeof(S)));
+    const int64_t ahead = t + tokens < x.shape[1] ? tokens * x.stride[1] : 0;
     for (int64_t head = 0; head < x.shape[2]; ++head) {
       if (args_.interleaved) {
-        rotate_pairs(from, to, angles, 2 * half_, streaming);
+        rotate_pairs(from, to, angles, 2 * half_, ahead, streaming);
       } else {
-        rotate_halves(from, to, angles, half_, streaming);
+        rotate_halves(from, to, angles, half_, ahead, streaming);
       }
       if (to != from) {
         for (int64_t i = 2 * half_; i < head_dim; ++i) to[i] = from[i];

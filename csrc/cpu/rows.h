@@ -34,6 +34,21 @@ inline void for_each_vec(int64_t n, F step) {
   if (i < n) step(i, n - i);
 }
 
+// The same by cache lines of S: step(i, vectors, lanes) with `vectors` a std::integral_constant of
+// how many follow each other there, two of 16-bit items. Whoever streams to several places in turn
+// writes whole lines by it: their halves may reach memory one by one.
+template <class C, class S, class F>
+inline void for_each_line(int64_t n, F step) {
+  constexpr int64_t lanes = kLanes<C>;
+  constexpr int kTogether = sizeof(C) / sizeof(S);
+  int64_t i = 0;
+  for (; i + kTogether * lanes <= n; i += kTogether * lanes) {
+    step(i, std::integral_constant<int, kTogether>{}, lanes);
+  }
+  for (; i < n; i += lanes)
+    step(i, std::integral_constant<int, 1>{}, n - i < lanes ? n - i : lanes);
+}
+
 // Sum of term(i, lanes) over a row, in an order that depends on n alone. Four accumulators hide the
 // latency of the addition; they are emptied every kBlock vectors, so that the error of a long row
 // grows with n / kBlock and not with n.
@@ -58,6 +73,13 @@ inline C sum_over(int64_t n, F term) {
 template <class S>
 [[gnu::always_inline]] inline void prefetch_line(const S* p, int64_t i) {
   if (i * static_cast<int64_t>(sizeof(S)) % 64 == 0) __builtin_prefetch(p + i, 0, 2);
+}
+
+// How many rows lie between the one that is worked on and the one to fetch: memory answers too late
+// for 1.5 KiB (a row of 768 in bf16), and from 16 KiB on it is slower again.
+inline int64_t rows_ahead(int64_t row_bytes) {
+  constexpr int64_t kBytes = 8192;
+  return row_bytes > 0 ? (kBytes + row_bytes - 1) / row_bytes : 0;
 }
 
 // store_n, around the caches where the caller found that to pay.
