@@ -124,6 +124,9 @@ void combine_backward(const MoeCombineBwdArgs& a) {
   const int64_t rows = a.y.shape[0], dim = a.y.shape[1];
   const int32_t* sources = a.sources.ptr<int32_t>();
   const bool streaming = streams(a.dy, kStreamAlign<S>);
+  const auto slot_of = [&](int64_t n, int64_t k) {
+    return a.slots.ptr<int32_t>()[n * a.slots.stride[0] + k];
+  };
 
 #pragma omp parallel num_threads(a.threads)
   {
@@ -135,15 +138,21 @@ void combine_backward(const MoeCombineBwdArgs& a) {
       const S* dout = a.dout.ptr<S>() + n * a.dout.stride[0];
       for (int64_t k = 0; k < top_k; ++k) {
         C* dweight = a.dweights.ptr<C>() + n * a.dweights.stride[0] + k;
-        const int64_t slot = a.slots.ptr<int32_t>()[n * a.slots.stride[0] + k];
+        const int64_t slot = slot_of(n, k);
         if (slot < 0) {
           *dweight = 0;
           continue;
         }
         const C weight = a.weights.ptr<C>()[n * a.weights.stride[0] + k];
+        // The row of the next choice is fetched meanwhile, or one that is there already.
+        const int64_t next = k + 1 < top_k    ? slot_of(n, k + 1)
+                             : n + 1 < tokens ? slot_of(n + 1, 0)
+                                              : slot;
+        const S* next_y = a.y.ptr<S>() + (next < 0 ? slot : next) * a.y.stride[0];
         const S* y = a.y.ptr<S>() + slot * a.y.stride[0];
         S* dy = a.dy.ptr<S>() + slot * a.dy.stride[0];
         *dweight = sum_over<C>(dim, [&](int64_t i, int64_t lanes) {
+          prefetch_line(next_y, i);
           const Vec<C> upstream = load_n<C>(dout + i, lanes);
           put(dy + i, upstream * weight, lanes, streaming);
           return upstream * load_n<C>(y + i, lanes);
