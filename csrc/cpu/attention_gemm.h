@@ -132,6 +132,8 @@ void gemm_tile(const Gemm<E>& g, int first, const typename E::Item* b, typename 
   Vec<C> acc[rows][vecs] = {};
   const typename E::Item* a = g.a + first * g.a_row;
   c += first * g.c_row;
+  // Two steps a round are 2-6% faster than one, four are not.
+#pragma GCC unroll 2
   for (int64_t step = 0; step < g.steps; ++step) {
     typename E::Operand bv[vecs];
 #pragma GCC unroll 8
