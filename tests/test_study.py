@@ -111,7 +111,7 @@ def test_bundle_is_the_union_of_its_parts():
 
 
 def test_algorithm_arms_run_on_the_references_and_kernel_arms_say_what_ran():
-    ours = {"attention": "cpu"}
+    ours = {"attention": "cpu", "rope": "cpu"}
     assert set(backends_of("rope", ours).values()) == {"reference"}
     fused = backends_of("flash_attention", ours)
     assert fused.pop("attention") == "cpu"

@@ -142,6 +142,11 @@ class Store:
                 clocks |= dict(zip(group, common_clock(raw), strict=True))
         return clocks
 
+    def flops_per_step(self, run_id: str) -> float:
+        """Of a run that has an evaluation, as it counted them."""
+        rows = self._read([run_id])[run_id].columns
+        return float(rows.model_flops[-1] / rows.step[rows.evaluated[-1]])
+
     def _read(self, runs: list[str]) -> dict[str, metrics_cache.Run]:
         """Those runs that have metrics; kept, so that each file is read once."""
         missing = [run for run in runs if run not in self._read_runs]
