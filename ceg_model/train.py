@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from ceg_kernels import use_backend
-from ceg_model import checkpoint, environment
+from ceg_model import checkpoint, columns, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
 from ceg_model.device import resolve_device, resolve_dtype
@@ -226,6 +226,7 @@ class Trainer:
         result = None
         if folder is not None:
             result = self._result(folder, description["id"], step, reason)
+            columns.keep(folder.path)
             folder.write_result(result)
         return self.group.from_first(result)
 

@@ -63,7 +63,8 @@ WORST = {
     "a checkpoint has no name yet": ("rename", r"/step-00000020$"),
     "in the removal of an old checkpoint": ("rmdir", r"/step-00000010$"),
     "all rows, no last checkpoint": ("rename", r"/step-00000040$"),
-    "the last checkpoint, no result": ("replace", r"/result\.json$"),
+    "the last checkpoint, no columns": ("replace", r"/columns\.bin$"),
+    "columns, no result": ("replace", r"/result\.json$"),
 }
 
 

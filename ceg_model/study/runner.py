@@ -105,10 +105,7 @@ def run_study(
             note=note,
         )
         pool.begin()
-        summary = pool.run()
-        with contextlib.suppress(ValueError, OSError):  # a report says what is wrong
-            store.refresh()
-        return summary
+        return pool.run()
 
 
 def _plain(value: Any) -> Any:
