@@ -136,7 +136,7 @@ def bca(
     means = [np.einsum("rn,n->r", w, g) for w, g in zip(weights, groups, strict=True)]
     drawn = np.mean(means, axis=0)
     middle = np.mean([g.mean() for g in groups])
-    below = ((drawn < middle).mean() + (drawn <= middle).mean()) / 2
+    below = ((drawn < middle).sum() + (drawn <= middle).sum()) / (2 * resamples)
     # Values that differ by rounding alone may all lie on one side of their mean.
     bias = special.ndtri(np.clip(below, 1 / resamples, 1 - 1 / resamples))
     at = bias + special.ndtri((1 - asked) / 2) * np.array([1, -1])
