@@ -11,11 +11,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ceg_kernels import moe_combine, moe_dispatch, moe_route, use_backend
+from ceg_kernels import OPS, moe_combine, moe_dispatch, moe_route, use_backend
 from ceg_kernels.measure import peers
 from ceg_kernels.measure.accuracy import error_fraction
 from ceg_kernels.measure.suite import LOOSE, STOCK
-from ceg_kernels.op import OPS, Cost
+from ceg_kernels.op import Cost
 
 MOE_SHAPES = {  # tokens, experts, top_k, D
     "quick-n2048-e16-k2-d512": (2048, 16, 2, 512),

@@ -17,11 +17,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ceg_kernels import nn, use_backend
+from ceg_kernels import OPS, nn, use_backend
 from ceg_kernels.measure import peers
 from ceg_kernels.measure.accuracy import error_fraction
 from ceg_kernels.measure.suite import LOOSE, STOCK
-from ceg_kernels.op import OPS, Cost
+from ceg_kernels.op import Cost
 
 SHAPES = {  # tokens, experts, top_k, D, width of an expert
     "quick-n2048-e16-k2-d512-f512": (2048, 16, 2, 512, 512),

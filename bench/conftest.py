@@ -9,22 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ceg_kernels.measure import (
-    Case,
-    Result,
-    Roofs,
-    bench_row,
-    cases,
-    measure,
-    memory,
-    peers,
-    run_case,
-    time_interleaved,
-)
-from ceg_kernels.measure.ceilings import gpu_state
+from ceg_kernels.measure import memory, peers
+from ceg_kernels.measure.ceilings import Roofs, gpu_state, measure
+from ceg_kernels.measure.clock import time_interleaved
 from ceg_kernels.measure.host import Stolen, stolen_line
+from ceg_kernels.measure.roofline import bench_row
 from ceg_kernels.measure.steps import render as render_steps
-from ceg_kernels.measure.suite import PEERS
+from ceg_kernels.measure.suite import PEERS, Case, Result, cases, run_case
 from ceg_kernels.measure.table import render, roofs_lines
 from ceg_kernels.op import Cost
 

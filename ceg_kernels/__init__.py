@@ -1,20 +1,33 @@
 """Hand-written kernels for a GPT: flash attention, RoPE, RMSNorm and MoE token dispatch.
 
-Without torch only `build_info` and the launchers in `ceg_kernels._C`, which take NumPy arrays, are
-there.
+torch and the ops are loaded when one of their names is first asked for: a study's report needs
+`ceg_kernels.measure.svg` and none of them. Without torch only `build_info` and the launchers in
+`ceg_kernels._C`, which take NumPy arrays, are there.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from ceg_kernels.build import build_info, warn_if_stale
 
-if find_spec("torch") is not None:
-    from ceg_kernels.op import OPS, backends, explain, use_backend
-    from ceg_kernels.ops.attention import flash_attention, flash_attention_varlen
-    from ceg_kernels.ops.moe import DispatchPlan, moe_combine, moe_dispatch
-    from ceg_kernels.ops.moe_route import Routing, moe_route
-    from ceg_kernels.ops.rms_norm import rms_norm
-    from ceg_kernels.ops.rope import rope, rope_table
+if TYPE_CHECKING:
+    from ceg_kernels.api import (
+        OPS,
+        DispatchPlan,
+        Routing,
+        backends,
+        explain,
+        flash_attention,
+        flash_attention_varlen,
+        moe_combine,
+        moe_dispatch,
+        moe_route,
+        rms_norm,
+        rope,
+        rope_table,
+        use_backend,
+    )
 
 __all__ = [
     "OPS",
@@ -34,10 +47,15 @@ __all__ = [
     "use_backend",
 ]
 
-warn_if_stale()
 
-
-def __getattr__(name: str) -> object:
-    if name in __all__:
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ceg_kernels' has no attribute {name!r}")
+    if find_spec("torch") is None:
         raise ImportError(f"ceg_kernels.{name} needs torch >= 2.10, which is not installed")
-    raise AttributeError(f"module 'ceg_kernels' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module("ceg_kernels.api"), name)
+    return found
+
+
+if find_spec("torch") is None:  # else api.py does: native.py tells why torch comes first
+    warn_if_stale()

@@ -1,6 +1,8 @@
 """What the native module was built from and for, and whether it is still that."""
 
+import contextlib
 import hashlib
+import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,19 +26,24 @@ def build_info() -> dict[str, Any]:
     """How the native module was built: compiler, ISA levels, CUDA architectures or why there are
     none, hash of the sources. `{"native": None, "why_not": reason}` where it cannot be loaded."""
     try:
-        from ceg_kernels import _C
+        _C = _extension()
     except ImportError as error:
         return {"native": None, "why_not": str(error)}
     return {"native": _C.__file__, **_C.build_info(), "isa": _C.isa_levels(), "stale": stale()}
 
 
+def _extension() -> Any:
+    """torch goes first where there is one: native.py tells why."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch")
+    return importlib.import_module("ceg_kernels._C")
+
+
 def stale() -> bool:
     """True if csrc/ has changed since the native module was built (editable installs only)."""
-    from ceg_kernels import _C
-
     if not (_ROOT / "csrc").is_dir() or not (_ROOT / "CMakeLists.txt").is_file():
         return False
-    return hash_sources(_ROOT) != _C.build_info()["source_hash"]
+    return hash_sources(_ROOT) != _extension().build_info()["source_hash"]
 
 
 def warn_if_stale() -> None:

@@ -162,7 +162,8 @@ def _train(arguments: argparse.Namespace) -> int:
     check(train_config.log_to)
 
     from ceg_model.data import TokenData
-    from ceg_model.train import run_id, train
+    from ceg_model.run_id import run_id
+    from ceg_model.train import train
 
     first = os.environ.get("RANK", "0") == "0"  # torchrun's protocol
     with Progress("train", quiet=not first) as progress, _stop_request() as stop:

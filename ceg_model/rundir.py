@@ -1,7 +1,8 @@
-"""The folder of one run: run.json, metrics.jsonl, ckpt/, result.json.
+"""The folder of one run: run.json, metrics.jsonl, ckpt/, columns.bin, result.json.
 
 run.json       what this run is; written before the first step
 metrics.jsonl  one row per logged step, append-only; rows after the checkpoint are cut on resume
+columns.bin    what a report needs of metrics.jsonl (columns.py), written when the last row is there
 result.json    written last, by atomic rename: a run without it is unfinished and is resumed
 """
 
@@ -10,15 +11,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
 
 RUN, METRICS, RESULT, CHECKPOINTS = "run.json", "metrics.jsonl", "result.json", "ckpt"
 PARTIAL = ".partial"
@@ -137,45 +132,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Columns:
-    """What a report needs of a run's metrics: two columns of all rows, the others of evaluations.
-
-    NaN stands for null. Lengths: (rows,) and (evaluations,).
-    """
-
-    step: Array
-    train_s: Array
-    evaluated: Array  # the evaluations' places among the rows
-    eval_loss: Array
-    model_flops: Array
-    executed_flops: Array
-    lr: Array
-
-
-NUMBERS = ("step", "train_s", "eval_loss", "model_flops", "executed_flops", "lr")
-
-
-def read_columns(path: str | Path) -> Columns:
-    """`read_metrics` as columns. Arrow's parser takes a fifth of the time and lets threads run."""
-    import pyarrow as pa
-    from pyarrow import json as arrow
-
-    file = Path(path) / METRICS
-    schema = pa.schema([(name, pa.float64()) for name in NUMBERS])
-    options = arrow.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    single = arrow.ReadOptions(use_threads=False)
-    try:
-        table = arrow.read_json(pa.BufferReader(file.read_bytes()), single, options)
-        found = {name: table[name].to_numpy() for name in NUMBERS}
-    except pa.ArrowInvalid:  # a torn last line, or damage that `read_metrics` says better
-        rows = read_metrics(path)
-        found = {n: np.array([row[n] for row in rows], dtype=np.float64) for n in NUMBERS}
-    evaluated = np.flatnonzero(~np.isnan(found["eval_loss"]))
-    step, seconds, *rest = found.values()
-    return Columns(step.astype(np.int64), seconds, evaluated, *(c[evaluated] for c in rest))
-
-
 def read_json(path: Path | str) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no file."""
     try:
@@ -196,11 +152,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """The file has its old content or the new one, whenever this process is killed."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

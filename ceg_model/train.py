@@ -19,7 +19,6 @@ two processes with one micro-batch each equal one process with two, up to fp32 r
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 import time
@@ -32,7 +31,7 @@ import torch
 from torch import nn
 
 from ceg_kernels import use_backend
-from ceg_model import checkpoint, environment
+from ceg_model import checkpoint, columns, environment
 from ceg_model.config import GPTConfig
 from ceg_model.data import TokenData
 from ceg_model.device import resolve_device, resolve_dtype
@@ -42,34 +41,14 @@ from ceg_model.loggers import Forward, check
 from ceg_model.op_calls import OpCalls
 from ceg_model.process_group import ProcessGroup
 from ceg_model.progress import ProgressFn
+from ceg_model.run_id import run_id
 from ceg_model.rundir import CHECKPOINTS, RESULT, RunDir, read_metrics
 from ceg_model.train_config import TrainConfig, decay_start, learning_rate
 from ceg_model.trunk import TRUNK, grow
 
-RUN_VERSION = 1  # part of a run's id: raise it when the same config would give another curve
 FLOP_CONVENTION = (
     "ceg-1: matmuls and op costs, masked-out pairs and recomputation not counted, backward included"
 )
-
-
-def run_id(model_config: GPTConfig, train_config: TrainConfig, data_hash: str) -> str:
-    """The name of a run: equal for equal configs, seed and data, whatever the machine."""
-    return run_ids(model_config, train_config, data_hash)(train_config.seed)
-
-
-def run_ids(
-    model_config: GPTConfig, train_config: TrainConfig, data_hash: str
-) -> Callable[[int], str]:
-    """seed -> run_id, for runs that differ in nothing else: a study names thousands of them."""
-    train = {k: v for k, v in train_config.to_dict().items() if k != "log_to"}
-    content = {
-        "version": RUN_VERSION,
-        "model": model_config.to_dict(),
-        "train": train | {"seed": "\0"},  # what no other value can hold
-        "data": data_hash,
-    }
-    before, after = json.dumps(content, sort_keys=True).split(json.dumps("\0"))
-    return lambda seed: hashlib.sha256(f"{before}{seed}{after}".encode()).hexdigest()[:16]
 
 
 def train(
@@ -247,6 +226,7 @@ class Trainer:
         result = None
         if folder is not None:
             result = self._result(folder, description["id"], step, reason)
+            columns.keep(folder.path)
             folder.write_result(result)
         return self.group.from_first(result)
 

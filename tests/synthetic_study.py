@@ -1,6 +1,6 @@
 """A study of any size whose runs were never trained: its losses are formulas, its files real.
 
-By hand:  python tests/synthetic_study.py DIR --runs 10000   writes it and times index and report
+By hand:  python tests/synthetic_study.py DIR --runs 10000   writes it and times its report
 """
 
 from __future__ import annotations
@@ -8,21 +8,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ceg_model import data, environment
+from ceg_model import columns, data, environment
+from ceg_model.columns import COLUMNS
 from ceg_model.device import resolve_device
 from ceg_model.flops import model_flops
 from ceg_model.rundir import METRICS, RESULT, RUN
 from ceg_model.study.plan import Plan, RunSpec, Scale
 from ceg_model.study.runner import our_kernels
 from ceg_model.study.schedule import schedule
-from ceg_model.study.store import CACHE, FIRST_FAILURE, Store
+from ceg_model.study.store import FIRST_FAILURE, Store
 from ceg_model.train import run_description
 
 ARMS = (
@@ -87,6 +91,8 @@ def _write_metrics(path: Path, spec: RunSpec, written: dict[Any, Path]) -> None:
     key = (spec.arm, spec.scale, spec.seed % DISTINCT)
     if key in written:
         os.link(written[key], path)
+        columns_of = written[key].with_name(COLUMNS)
+        path.with_name(COLUMNS).write_bytes(columns_of.read_bytes())  # as true of the same file
         return
     written[key] = path
     random = np.random.default_rng([ARMS.index(spec.arm), spec.model.d_model, key[2]])
@@ -101,6 +107,7 @@ def _write_metrics(path: Path, spec: RunSpec, written: dict[Any, Path]) -> None:
             evaluated = repr(loss[i]) if (i + 1) % EVAL_EVERY == 0 or i + 1 == STEPS else "null"
             at = (i + 1, 256 * (i + 1), loss[i], evaluated, (i + 1) * flops, (i + 1) * flops)
             file.write(ROW % (*at, seconds[i], norm[i]))
+    columns.keep(path.parent)
 
 
 def _write_state(folder: Path, run: str, number: int) -> None:
@@ -117,23 +124,49 @@ def _write_state(folder: Path, run: str, number: int) -> None:
     (folder / METRICS).write_text(rows[: len(rows) // 2])
 
 
-def timed(name: str, part: Callable[[], Any], seconds: dict[str, float]) -> Any:
-    start = time.perf_counter()
-    value = part()
-    seconds[name] = time.perf_counter() - start
-    return value
-
-
-def time_report(folder: Path) -> dict[str, float]:
-    """Seconds of the parts of `ceg study report` on a study's folder."""
+def time_parts(folder: Path) -> dict[str, float]:
+    """Seconds of the parts of `ceg study report` on a study's folder, without its imports."""
     from ceg_model.study.collect import collect
     from ceg_model.study.report import write_report
 
-    seconds: dict[str, float] = {}
-    timed("index", Store(folder).index, seconds)
-    results = timed("collect", lambda: collect(folder), seconds)
-    timed("write_report", lambda: write_report(results, Store(folder).report), seconds)
-    return seconds
+    clock = [time.perf_counter()]
+    Store(folder).index()
+    clock.append(time.perf_counter())
+    results = collect(folder)
+    clock.append(time.perf_counter())
+    write_report(results, Store(folder).report)
+    clock.append(time.perf_counter())
+    return dict(zip(("index", "collect", "write_report"), np.diff(clock).tolist(), strict=True))
+
+
+def time_command(folder: Path) -> float:
+    """Seconds of `ceg study report` as one types it."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "ceg_model.cli", "study", "report", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def copied(folder: Path) -> Iterator[None]:
+    """As a copy that did not keep the times of files."""
+    times = {path: path.stat() for path in folder.glob(f"runs/*/{METRICS}")}
+    for path in times:
+        os.utime(path)
+    yield
+    for path, stat in times.items():
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@contextmanager
+def without_columns(folder: Path) -> Iterator[None]:
+    """As a version left it that knew no columns."""
+    found = [path.parent for path in folder.glob(f"runs/*/{COLUMNS}")]
+    for run in found:
+        os.rename(run / COLUMNS, run / "aside")
+    yield
+    for run in found:
+        os.rename(run / "aside", run / COLUMNS)
 
 
 def main() -> None:
@@ -143,11 +176,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.dir / "study").exists():
         write_study(arguments.dir, arguments.runs)
-    for state in ("cold cache", "warm cache"):
-        if state == "cold cache":
-            (arguments.dir / "study" / CACHE).unlink(missing_ok=True)
-        seconds = time_report(arguments.dir / "study")
-        print(state, *(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
+    folder = arguments.dir / "study"
+    parts = (f"{name} {seconds:.2f} s" for name, seconds in time_parts(folder).items())
+    print("in one process:", *parts, flush=True)
+    states = {"as it ended": nullcontext, "copied": copied, "without columns": without_columns}
+    for name, state in states.items():
+        with state(folder):
+            print(f"ceg study report, {name}: {time_command(folder):.2f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ceg_kernels.measure import ROW_KEYS, Timing, bench_row, ceilings, peers, run_case
+from ceg_kernels import OPS
+from ceg_kernels.measure import ceilings, peers
+from ceg_kernels.measure.clock import Timing
 from ceg_kernels.measure.plot import peak, roofline_figure
-from ceg_kernels.measure.suite import LOOSE, PEERS, _formula_error
+from ceg_kernels.measure.roofline import ROW_KEYS, bench_row
+from ceg_kernels.measure.suite import LOOSE, PEERS, _formula_error, run_case
 from ceg_kernels.measure.table import markdown, render
-from ceg_kernels.op import OPS, Cost
+from ceg_kernels.op import Cost
 from ceg_model.bench_commands import add_subcommands, newest_rows
 from tests.test_measure import RMS, ROOFS, _text
 

@@ -12,9 +12,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ceg_kernels.measure import Timing, page
+from ceg_kernels import OPS
+from ceg_kernels.measure import page
+from ceg_kernels.measure.clock import Timing
 from ceg_kernels.measure.plot import (
     MARKERS,
+    SYMBOLS,
     backends_of,
     bandwidth,
     peak,
@@ -22,7 +25,7 @@ from ceg_kernels.measure.plot import (
     roofline_figure,
 )
 from ceg_kernels.measure.suite import PEERS
-from ceg_kernels.op import OPS, Cost
+from ceg_kernels.op import Cost
 from tests.test_bench import _row, ceg
 from tests.test_report import Page
 
@@ -170,7 +173,7 @@ def test_the_figure_has_every_row_and_no_label_on_another(machines):
 def test_ours_come_first_and_every_peer_has_a_marker():
     assert set(PEERS) <= set(MARKERS)
     assert len({MARKERS[name] for name in PEERS}) == len(PEERS)
-    assert set(MARKERS.values()) < set(page.SYMBOLS)
+    assert set(MARKERS.values()) < set(SYMBOLS)
     rows = [_row(backend=n, peer=n if n in PEERS else None) for n in ("eager", "new", "torch")]
     assert backends_of(rows) == ["new", "torch", "eager"]
 

@@ -16,10 +16,9 @@ import types
 import pytest
 import torch
 
-from ceg_kernels import moe_combine, moe_dispatch, moe_route
-from ceg_kernels.measure import libraries, peers, run_case
-from ceg_kernels.measure.suite import LOOSE, PEERS, Case, _formula_error
-from ceg_kernels.op import OPS
+from ceg_kernels import OPS, moe_combine, moe_dispatch, moe_route
+from ceg_kernels.measure import libraries, peers
+from ceg_kernels.measure.suite import LOOSE, PEERS, Case, _formula_error, run_case
 from tests.test_bench import ONE, known_roofs, run  # noqa: F401
 from tests.test_measure import RMS, ROOFS
 

@@ -3,8 +3,11 @@
 Left out: noise that is far from normal, which no interval of three seeds survives.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
 from ceg_model.study import aa, stats
 from ceg_model.study.trend import classify, classify_points
@@ -43,6 +46,34 @@ def test_pooled_bootstrap_covers():
         return stats.bca(list(groups), resamples=999)
 
     assert coverage(pooled, rng, 3, stats.BCA_FROM, draws=1000) == PROMISED
+
+
+@pytest.mark.parametrize("sizes", [(15,), (200,), (20, 31, 15)])
+def test_bca_is_scipys(sizes):
+    rng = np.random.default_rng(16)
+    groups = [rng.gamma(2.0, size=n) for n in sizes]
+
+    def mean(*samples, axis=-1):
+        return np.mean([np.mean(s, axis=axis) for s in samples], axis=0)
+
+    weights = stats._weights(sizes, 999, 0)
+    drawn = np.mean([w @ g for w, g in zip(weights, groups, strict=True)], axis=0)
+    theirs = bootstrap(
+        groups, mean, n_resamples=0, confidence_level=0.95, method="BCa",
+        bootstrap_result=SimpleNamespace(bootstrap_distribution=drawn),
+    ).confidence_interval  # fmt: skip
+    ours = stats.bca(groups, resamples=999, expand=False)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-12)
+
+
+@pytest.mark.parametrize("middle", [0.0, 0.3, -1.7, 41.1])
+def test_bootstrap_of_values_that_differ_by_rounding_alone(middle):
+    for seed in range(20):
+        signs = np.random.default_rng(seed).integers(-1, 2, size=stats.BCA_FROM)
+        values = middle + signs * np.spacing(middle)
+        found = stats.bca([values], resamples=99)
+        assert found.low <= found.high
+        assert (found.low, found.high) == pytest.approx((middle, middle), rel=1e-12, abs=1e-300)
 
 
 @pytest.mark.parametrize("seeds", [(3, 3), (5, 3), (8, 8)])

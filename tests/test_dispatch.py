@@ -157,3 +157,15 @@ def test_without_torch_the_package_imports_and_says_what_is_missing():
         "else: raise SystemExit('no error')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_torch_is_loaded_with_the_first_op_that_is_asked_for():
+    code = (
+        "import sys, ceg_kernels; early = {'torch', 'ceg_kernels._C'} & set(sys.modules)\n"
+        "ceg_kernels.rope; assert 'rms_norm' in ceg_kernels.OPS\n"
+        "print(early, {'torch', 'ceg_kernels._C'} <= set(sys.modules), 'rope' in vars(ceg_kernels))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set() True True"

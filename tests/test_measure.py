@@ -15,26 +15,11 @@ import pytest
 import torch
 
 import ceg_kernels
-from ceg_kernels.measure import (
-    ROW_KEYS,
-    Case,
-    Roofs,
-    Timing,
-    attainable,
-    bench_row,
-    call_seconds,
-    cases,
-    ceilings,
-    clock,
-    host,
-    measure,
-    quick_bench,
-    run_case,
-    suite,
-    time_interleaved,
-)
-from ceg_kernels.measure.clock import quantile
-from ceg_kernels.measure.roofline import least_seconds
+from ceg_kernels.measure import ceilings, clock, host, suite
+from ceg_kernels.measure.ceilings import Roofs, measure
+from ceg_kernels.measure.clock import Timing, call_seconds, quantile, time_interleaved
+from ceg_kernels.measure.roofline import ROW_KEYS, attainable, bench_row, least_seconds
+from ceg_kernels.measure.suite import Case, cases, quick_bench, run_case
 from ceg_kernels.measure.table import render, roofs_lines
 from ceg_kernels.op import Cost
 

@@ -239,10 +239,11 @@ def test_launchers_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_torch_and_the_kernels_share_one_thread_pool():
+@pytest.mark.parametrize("first", ["ceg_kernels.OPS", "ceg_kernels.build_info()"])
+def test_torch_and_the_kernels_share_one_thread_pool(first):
     pytest.importorskip("torch")
     done = python(
-        "import ceg_kernels\n"
+        f"import ceg_kernels; {first}; import torch\n"
         "print({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
     )
     assert done.stdout.count("libgomp") == 1, done.stdout + done.stderr

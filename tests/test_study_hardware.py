@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from ceg_kernels import OPS
 from ceg_model import data, energy
 from ceg_model.mfu import AbovePeakError, mfu
 from ceg_model.op_calls import OpArguments
@@ -24,6 +23,7 @@ from ceg_model.study.hardware import Side, amdahl, rates, split, utilisation
 from ceg_model.study.kernel_parts import kernel_parts
 from ceg_model.study.plan import Plan, RunSpec, Scale, backends_of, model_config, train_config
 from ceg_model.study.rounds import WARM_UP, gain, rounds
+from ceg_model.study.runner import our_kernels
 from ceg_model.study.throughput import KINDS, _joules, measure
 
 MODEL = {"n_layer": 2, "d_model": 32, "n_head": 2, "seq_len": 32}
@@ -219,9 +219,13 @@ def test_a_rate_comes_from_runs_on_the_arms_own_kernels_only():
         "flash_attention": np.array([0.5, 1.0, 1.5, 2.1, 2.5]),
     }
     own = list(specs_of(clocks, lambda arm: backends_of(arm, OURS)))
-    found = rates(PLAN, own, clocks, OURS)
+    work = dict.fromkeys(clocks, 1e6)
+    found = rates(PLAN, own, clocks, work, OURS)
     rate = found["S", "flash_attention"]
     assert rate.gain.mean == pytest.approx(math.log(2), abs=0.02)
+    assert rate.base_flops_per_s == pytest.approx(1e6 * PLAN.scales[0].train["steps"] / 5)
+    twice = rates(PLAN, own, clocks, work | {"flash_attention": 2e6}, OURS)
+    assert twice["S", "flash_attention"].gain.mean == pytest.approx(math.log(2) + rate.gain.mean)
     answer = split(PLAN, {}, found, None)["S"]["flash_attention"]
     assert answer["source"] == "runs in lockstep"
     assert answer["ci"] == answer["against_reference_ci"] == list(rate.gain.ratio)
@@ -230,7 +234,7 @@ def test_a_rate_comes_from_runs_on_the_arms_own_kernels_only():
     others = {"attention": "torch"}
     fast = list(specs_of(clocks, lambda arm: others if arm == "flash_attention" else
                          backends_of(arm, OURS)))  # fmt: skip
-    assert ("S", "flash_attention") not in rates(PLAN, fast, clocks, OURS)
+    assert ("S", "flash_attention") not in rates(PLAN, fast, clocks, work, OURS)
 
 
 def test_parts_are_calls_at_the_rounds_speed(monkeypatch):
@@ -345,7 +349,7 @@ def tokens(tmp_path_factory):
 
 
 def test_a_real_segment(tokens):
-    ours = {op: "cpu" for op in OPS if any(b.name == "cpu" for b in OPS[op].backends)}
+    ours = our_kernels("cpu")
     timing = json.loads(json.dumps(measure(PLAN, PLAN.scales[0], ours, tokens)))
     arms = timing["arms"]
     assert timing["rounds"] >= 12

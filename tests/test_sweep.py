@@ -130,7 +130,7 @@ def test_a_kernel_takes_over_the_baseline_s_rate_and_an_edge_is_extended():
 
 
 def test_algorithm_arms_may_train_on_our_kernels_and_the_baseline_does_not():
-    ours = {"attention": "cpu", "rope": "cpu"}
+    ours = {"attention": "cpu", "rope": "cpu", "rms_norm": None}
     assert set(trained_backends(PLAN, "baseline", ours).values()) == {"reference"}
     fast = trained_backends(PLAN, "rope", ours)
     assert (fast["attention"], fast["rope"], fast["rms_norm"]) == ("cpu", "cpu", "reference")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ceg_kernels import OPS, use_backend
 from ceg_model import checkpoint, environment
 from ceg_model import train as training
+from ceg_model.columns import COLUMNS, read_all
 from ceg_model.config import GPTConfig
 from ceg_model.data import Request, TokenData, prepare
 from ceg_model.flops import model_flops
@@ -329,6 +330,27 @@ def test_a_kill_before_the_result_is_written_costs_nothing(data_dir, tmp_path, u
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     (tmp_path / "run" / RESULT).unlink()
     assert train(MODEL, TRAIN, data_dir, tmp_path / "run") == result
+
+
+def test_a_result_never_comes_before_the_columns(data_dir, tmp_path, undisturbed, monkeypatch):
+    run = tmp_path / "run"
+
+    def killed(self, result):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "write_result", killed)
+        train(MODEL, TRAIN, data_dir, run)
+    assert (run / COLUMNS).exists()
+    assert not (run / RESULT).exists()
+    before = (run / COLUMNS).read_bytes()
+    train(MODEL, TRAIN, data_dir, run)
+    assert (run / COLUMNS).read_bytes() != before  # metrics.jsonl was written anew
+    monkeypatch.setattr("ceg_model.columns.read_columns", None)  # the lines are not asked
+    found = read_all(tmp_path, ["run"])["run"]
+    assert found.step.tolist() == list(range(1, 9))
+    assert found.evaluated.tolist() == [3, 7]
+    assert found.eval_loss.tolist() == [_losses(undisturbed)[i]["eval_loss"] for i in (3, 7)]
 
 
 def test_stopping_behind_the_checkpoint_does_nothing(data_dir, tmp_path):

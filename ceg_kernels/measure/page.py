@@ -27,10 +27,6 @@ HOW = {
     "native": "a copy by the native core",
     "torch": "a copy by torch",
 }
-SYMBOLS = {
-    "o": "●", "D": "◆", "^": "▲", "s": "■", "v": "▼", "<": "◀", "*": "★", "P": "✚", "h": "⬢",
-    "p": "⬟", "X": "✖", ">": "▶",
-}  # fmt: skip
 ROOFS_DIFFER = 1.02  # a roof measured again moves by less on a quiet machine
 
 
@@ -66,7 +62,7 @@ def _machine(index: int, name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "left_out": plot.left_out(rows, drawn),
         "colours": {op: "var(--ink)" if c == INK else c for op, c in colours.items()},
         "markers": [
-            (SYMBOLS[plot.marker_of(b)], b, b in peers) for b in plot.backends_of(drawn)
+            (plot.SYMBOLS[plot.marker_of(b)], b, b in peers) for b in plot.backends_of(drawn)
         ],
         "ops": _tables(rows),
     }  # fmt: skip

@@ -24,6 +24,10 @@ MARKERS = {
     "compile": "<", "liger": "*", "flash-attn": "P", "cudnn": "h", "flash": "p", "loop": "X",
 }  # fmt: skip
 OTHER_MARKER = ">"
+SYMBOLS = {  # the same in text
+    "o": "●", "D": "◆", "^": "▲", "s": "■", "v": "▼", "<": "◀", "*": "★", "P": "✚", "h": "⬢",
+    "p": "⬟", "X": "✖", ">": "▶",
+}  # fmt: skip
 INK, GRID = "#444444", "#dddddd"
 _DTYPE_ORDER = ("float64", "float32", "bfloat16", "float16")
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ceg_kernels import OPS
 from ceg_kernels.measure.clock import time_interleaved
 from ceg_kernels.measure.table import case, seconds
-from ceg_kernels.op import OPS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from ceg_kernels import OPS
 from ceg_kernels.measure import accuracy, memory, peers
 from ceg_kernels.measure.ceilings import Roofs, measure
 from ceg_kernels.measure.clock import Timing, call_seconds, time_interleaved
 from ceg_kernels.measure.roofline import bench_row, least_seconds
-from ceg_kernels.op import OPS, Backend, Cost, Op, use_backend
+from ceg_kernels.op import Backend, Cost, Op, use_backend
 
 GROUPS = ("quick", "gpt2", "llama", "moe", "all")
 DTYPES = ("float32", "bfloat16")

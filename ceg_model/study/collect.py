@@ -30,7 +30,9 @@ def collect(folder: str | Path) -> dict[str, Any]:
     timings = {s.name: t for s in plan.scales if (t := store.throughput(s.name)) is not None}
     roofs = read_json(store.folder / ROOFS)
     finals = list(got.found.finals().items())
-    hardware = split(plan, timings, rates(plan, finals, got.clocks, study["ours"]), roofs)
+    work = {run: store.flops_per_step(run) for run in got.clocks}
+    in_lockstep = rates(plan, finals, got.clocks, work, study["ours"])
+    hardware = split(plan, timings, in_lockstep, roofs)
     answer = estimate(got.curves, _options(got, hardware, roofs))
     _mark_other_kernels(answer, study["ours"])
     planned = {**got.found.pending, **got.found.runs}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ceg_model.flops import model_flops
 from ceg_model.mfu import AbovePeakError, mfu
 from ceg_model.study import stats
 from ceg_model.study.lockstep import log_stretches
@@ -34,11 +33,13 @@ def rates(
     plan: Plan,
     specs: Sequence[tuple[str, RunSpec]],
     clocks: Mapping[str, np.ndarray],
+    work: Mapping[str, float],
     ours: Mapping[str, str | None],
 ) -> dict[tuple[str, str], Rate]:
     """(scale, arm) -> its rate over whole runs in lockstep, all seeds together.
 
     clocks: run id -> training seconds at each row, on the group's common clock.
+    work: run id -> model FLOPs of a step.
     """
     own = {arm: backends_of(arm, ours) for arm in plan.arms}
     place = {
@@ -46,18 +47,15 @@ def rates(
         for run, s in specs
         if run in clocks and s.train.backend == own[s.arm]
     }
-    one = {(s.scale, s.arm): s for _, s in place.values()}
-    work = {key: _flops_per_step(spec) for key, spec in one.items()}
     taken = {run: log_stretches(clocks[run]) for run, _ in place.values()}
     logs: dict[tuple[str, str], list[np.ndarray]] = {}
     base_rates: dict[tuple[str, str], list[float]] = {}
     for (scale, seed, arm), (run, spec) in place.items():
         base, base_spec = place.get((scale, seed, plan.baseline), (None, spec))
         if base is not None:
-            base_work = work[scale, plan.baseline]
-            more_work = np.log(work[scale, arm] / base_work)
+            more_work = np.log(work[run] / work[base])
             logs.setdefault((scale, arm), []).append(taken[base] - taken[run] + more_work)
-            rate = base_work * base_spec.train.steps / clocks[base][-1]
+            rate = work[base] * base_spec.train.steps / clocks[base][-1]
             base_rates.setdefault((scale, arm), []).append(rate)
     found = {key: stats.t_interval(np.concatenate(parts)) for key, parts in logs.items()}
     return {
@@ -65,10 +63,6 @@ def rates(
         for key, interval in found.items()
         if interval is not None
     }
-
-
-def _flops_per_step(spec: RunSpec) -> int:
-    return model_flops(spec.model, batch=spec.train.batch_size * spec.train.grad_accum).total
 
 
 @dataclass(frozen=True)

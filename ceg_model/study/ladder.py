@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import brentq
 
 from ceg_model.study.curves import Curve
 from ceg_model.study.pchip import pchip
@@ -94,6 +93,8 @@ class Ladder:
             return self.top
         if log_flops >= self.log_flops[self.vertices[-1]]:
             return self.bottom
+        from scipy.optimize import brentq  # a third of a second, in endpoint mode only
+
         return float(
             brentq(lambda at: self.envelope(np.array([at]))[0] - log_flops, self.bottom, self.top)
         )

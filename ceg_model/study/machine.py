@@ -45,13 +45,14 @@ def _stage(
 
 
 def _roofs(device: str, smoke: bool) -> dict[str, Any]:
-    from ceg_kernels.measure import measure
+    from ceg_kernels.measure.ceilings import measure
 
     return dataclasses.asdict(measure(device, seconds=0.05 if smoke else 0.2))
 
 
 def _bench(device: str, budget_s: float, roofs: dict[str, Any], smoke: bool) -> dict[str, Any]:
-    from ceg_kernels.measure import Roofs, quick_bench
+    from ceg_kernels.measure.ceilings import Roofs
+    from ceg_kernels.measure.suite import quick_bench
 
     with Progress("bench") as progress:
         rows = quick_bench(

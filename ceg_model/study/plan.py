@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ceg_kernels import OPS
 from ceg_model.config import GPTConfig
 from ceg_model.study.innovations import (
     BASELINE,
@@ -132,22 +131,13 @@ class RunSpec:
     donor: str = ""
 
 
-def our_backend(op: str, dtype: Any, device: str) -> str | None:
-    """The first of our backends that would run the op here unasked, or None."""
-    sample = next(iter(OPS[op].samples(dtype, device)))
-    for backend in OPS[op].backends:
-        if backend.name not in STOCK and backend.takes(*sample.args):
-            return backend.name
-    return None
-
-
 def backends_of(arm: str, ours: Mapping[str, str | None]) -> dict[str, str]:
     """The backend of each op: the reference everywhere, our kernel where the arm asks for it.
 
+    `ours` names our backend of every op that the study has been begun with, or None.
     Where ours is not built the arm runs stock torch, which is as fused; the report says so.
     """
-    forward = [name for name in OPS if not name.endswith("_backward")]
-    chosen = dict.fromkeys(forward, "reference")
+    chosen = dict.fromkeys(ours, "reference")
     for op in kernel_ops(arm):
         chosen[op] = ours.get(op) or "torch"
     return chosen

@@ -12,14 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from math import factorial, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeResult, least_squares
 
 from ceg_model.study.ladder import Ladder
 from ceg_model.study.stats import LEVEL, Array
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 HUBER_DELTA = 1e-3
 STARTS = 30
@@ -95,6 +97,8 @@ def fit(points: Points, *, starts: int = STARTS, near: float | None = None) -> L
     # ln of what is above the floor at the middle compute, and a: wide, and exp stays finite.
     low = np.concatenate([[0.0], np.tile([-50.0, 1e-4], len(arms))])
     high = np.concatenate([[ceiling], np.tile([10.0, 5.0], len(arms))])
+
+    from scipy.optimize import least_squares  # as in ladder.py: not for a report in crossing mode
 
     def solve(start: Array, tolerance: float, evaluations: int) -> OptimizeResult:
         return least_squares(

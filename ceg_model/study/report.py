@@ -14,8 +14,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ceg_kernels.measure.host import stolen_line
-from ceg_kernels.measure.page import SYMBOLS
-from ceg_kernels.measure.plot import backends_of, marker_of
+from ceg_kernels.measure.plot import SYMBOLS, backends_of, marker_of
 from ceg_kernels.measure.svg import css
 from ceg_model.rundir import write_atomically
 from ceg_model.study import plots, tables, verdicts, words

@@ -25,7 +25,7 @@ from ceg_model.data import TokenData
 from ceg_model.device import resolve_device
 from ceg_model.flops import model_flops
 from ceg_model.progress import ProgressFn, duration
-from ceg_model.study.plan import Plan, RunSpec, our_backend
+from ceg_model.study.plan import STOCK, Plan, RunSpec
 from ceg_model.study.schedule import schedule
 from ceg_model.study.store import Store
 from ceg_model.study.worker import Job, TimingJob, TrainJob, work
@@ -58,6 +58,15 @@ def our_kernels(device: str) -> dict[str, str | None]:
     """Our backend of each forward op on this device; None where none is built."""
     forward = [name for name in OPS if not name.endswith("_backward")]
     return {name: our_backend(name, torch.float32, device) for name in forward}
+
+
+def our_backend(op: str, dtype: torch.dtype, device: str) -> str | None:
+    """The first of our backends that would run the op here unasked, or None."""
+    sample = next(iter(OPS[op].samples(dtype, device)))
+    for backend in OPS[op].backends:
+        if backend.name not in STOCK and backend.takes(*sample.args):
+            return backend.name
+    return None
 
 
 def run_study(
@@ -96,10 +105,7 @@ def run_study(
             note=note,
         )
         pool.begin()
-        summary = pool.run()
-        with contextlib.suppress(ValueError, OSError):  # a report says what is wrong
-            store.refresh()
-        return summary
+        return pool.run()
 
 
 def _plain(value: Any) -> Any:

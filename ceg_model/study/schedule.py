@@ -14,10 +14,10 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ceg_model.run_id import run_ids
 from ceg_model.study.innovations import twin
 from ceg_model.study.plan import Plan, RunSpec, Scale, run_spec
 from ceg_model.study.sweep import Choice, choose
-from ceg_model.train import run_ids
 
 Index = Mapping[str, Mapping[str, Any]]
 

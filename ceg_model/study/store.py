@@ -11,25 +11,25 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ceg_model.rundir import (
-    RESULT,
-    Array,
-    Columns,
-    is_partial,
-    read_json,
-    write_json,
-)
-from ceg_model.study import metrics_cache
+from ceg_model.columns import Array, Columns, read_all
+from ceg_model.rundir import RESULT, RUN, is_partial, read_json, write_json
 from ceg_model.study.curves import Curve, Key, make_curve
 from ceg_model.study.lockstep import common_clock
 
 STUDY, RUNS, THROUGHPUT, REPORT = "study.json", "runs", "throughput", "report"
 FIRST_FAILURE = "result.failed-1.json"
-CACHE = "metrics-cache.npz"
+
+
+class Run(NamedTuple):
+    """A run's metrics, and from run.json what makes curves comparable and each session's group."""
+
+    columns: Columns
+    identity: dict[str, str]
+    lockstep: set[str | None]
 
 
 class Store:
@@ -39,7 +39,7 @@ class Store:
         self.folder = Path(folder)
         self.runs = self.folder / RUNS
         self.report = self.folder / REPORT
-        self._read_runs: dict[str, metrics_cache.Run] = {}
+        self._read_runs: dict[str, Run] = {}
 
     def study(self) -> dict[str, Any] | None:
         return read_json(self.folder / STUDY)
@@ -107,12 +107,6 @@ class Store:
                     found[entry.name] = result or {"status": "unfinished"}
         return found
 
-    def refresh(self) -> None:
-        """Leaves the cache as a report wants it: reading 10,000 runs for the first time takes as
-        long as all the rest of it.
-        """
-        self._read([run for run, result in self.index().items() if result["status"] == "done"])
-
     def set_aside_failure(self, run_id: str) -> bool:
         """Makes room for the second try of a failed run; False when it already had one."""
         folder = self.path(run_id)
@@ -130,10 +124,9 @@ class Store:
         group's common clock (lockstep.py).
         """
         groups: dict[str, dict[str, Columns]] = {}
-        for run, (columns, about) in self._read(list(runs)).items():
-            names = set(about.lockstep)
-            if len(names) == 1 and (name := names.pop()) is not None:
-                groups.setdefault(name, {})[run] = columns
+        for run, found in self._read(list(runs)).items():
+            if len(found.lockstep) == 1 and (name := next(iter(found.lockstep))) is not None:
+                groups.setdefault(name, {})[run] = found.columns
         clocks: dict[str, Array] = {}
         for group in groups.values():
             grids = {columns.step.tobytes() for columns in group.values()}
@@ -142,12 +135,16 @@ class Store:
                 clocks |= dict(zip(group, common_clock(raw), strict=True))
         return clocks
 
-    def _read(self, runs: list[str]) -> dict[str, metrics_cache.Run]:
+    def flops_per_step(self, run_id: str) -> float:
+        """Of a run that has an evaluation, as it counted them."""
+        rows = self._read([run_id])[run_id].columns
+        return float(rows.model_flops[-1] / rows.step[rows.evaluated[-1]])
+
+    def _read(self, runs: list[str]) -> dict[str, Run]:
         """Those runs that have metrics; kept, so that each file is read once."""
-        missing = [run for run in runs if run not in self._read_runs]
-        if missing:
-            cache = self.folder / CACHE if len(missing) > 1 else None
-            self._read_runs |= metrics_cache.read(cache, self.runs, missing)
+        if missing := [run for run in runs if run not in self._read_runs]:
+            for run, columns in read_all(self.runs, missing).items():
+                self._read_runs[run] = Run(columns, *_about(f"{self.runs}/{run}"))
         return {run: self._read_runs[run] for run in runs if run in self._read_runs}
 
     def curve(self, run_id: str, key: Key, clock: Array | None = None) -> Curve | None:
@@ -164,7 +161,7 @@ class Store:
             seconds=(rows.train_s if clock is None else clock)[rows.evaluated],
             lr=rows.lr,
             executed_flops=rows.executed_flops if known else None,
-            identity=found.about.identity,
+            identity=found.identity,
         )
 
     def throughput(self, scale: str) -> dict[str, Any] | None:
@@ -173,6 +170,20 @@ class Store:
     def write_throughput(self, scale: str, content: dict[str, Any]) -> None:
         (self.folder / THROUGHPUT).mkdir(parents=True, exist_ok=True)
         write_json(self.folder / THROUGHPUT / f"{scale}.json", content)
+
+
+def _about(folder: str) -> tuple[dict[str, str], set[str | None]]:
+    run = read_json(f"{folder}/{RUN}")
+    if run is None:
+        raise ValueError(f"run folder {folder} must have {RUN}, got none")
+    train, data = run["train"], run["data"]
+    identity = {
+        "data": data["hash"],
+        "tokenizer": data["tokenizer"],
+        "flop_convention": run["flop_convention"],
+        "eval_set": f"{train['eval_batches']} x {train['batch_size']} x {run['model']['seq_len']}",
+    }
+    return identity, {session.get("lockstep") for session in run.get("sessions", [])}
 
 
 def _identity(study: dict[str, Any], key: str) -> Any:
