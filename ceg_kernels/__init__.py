@@ -1,10 +1,11 @@
 """Hand-written kernels for a GPT: flash attention, RoPE, RMSNorm and MoE token dispatch.
 
-torch and the ops are loaded when one of their names is first asked for: a study's report needs
-`ceg_kernels.measure.svg` and none of them. Without torch only `build_info` and the launchers in
-`ceg_kernels._C`, which take NumPy arrays, are there.
+Where torch is loaded already the ops are registered at once, else when one of these names is first
+asked for: a study's report needs `ceg_kernels.measure.svg` and none of them. Without torch only
+`build_info` and the launchers in `ceg_kernels._C`, which take NumPy arrays, are there.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C" and find_spec("torch") is not None:
+        import_module("torch")  # before the extension, as native.py tells
     if name not in __all__:
         raise AttributeError(f"module 'ceg_kernels' has no attribute {name!r}")
     if find_spec("torch") is None:
@@ -57,5 +60,7 @@ def __getattr__(name: str) -> Any:
     return found
 
 
-if find_spec("torch") is None:  # else api.py does: native.py tells why torch comes first
+if sys.modules.get("torch") is not None:
+    import_module("ceg_kernels.api")
+elif find_spec("torch") is None:  # else api.py does
     warn_if_stale()
