@@ -251,6 +251,11 @@ def test_descriptors_find_each_item_of_a_tile(module, rows, columns, dense_in_k)
             assert found == start + at
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_a_ring_has_its_stages_in_turn_and_changes_parity_with_each_round(module, stages):
+    assert module.ring(stages, 20) == [(i % stages, i // stages % 2) for i in range(20)]
+
+
 def test_descriptors_have_the_fields_of_the_manual(module):
     bits_of = module.matrix_descriptor(0x3FFF0, 16, 1024)
     assert bits_of == 0x3FFF | 1 << 16 | 64 << 32 | 1 << 62
