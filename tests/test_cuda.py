@@ -25,6 +25,9 @@ ON_CUDA = [
     if "cuda" in [b.name for b in op.backends] and "attention" not in op.name
 ]
 
+# dx, long rows' shares of dweight, their sum; q and k of rope are one, and so are all others.
+MOST_LAUNCHES = {"rms_norm_backward": 3}
+
 needs_simulator = cuda_sim.needed
 
 
@@ -44,7 +47,9 @@ def as_cuda(sim, monkeypatch):
 def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, op, dtype):
     backend = sim(op.name)
     for sample in op.samples(dtype, "cpu"):
+        module.launched()
         outs = as_tuple(backend.run(*sample.args))
+        assert len(module.launched()) <= MOST_LAUNCHES.get(op.name, 1), sample.name
         worst = compare(op, outs, sample.args)
         assert worst <= 1, f"{sample.name}: error is {worst:.2f} times what the rule allows"
         module.set_device(order="reverse")

@@ -321,6 +321,17 @@ def test_blocks_hold_every_pair_and_only_boundaries_are_masked(module, before, a
                 assert (whole <= block < rest) == full
 
 
+def test_a_section_has_as_many_heads_as_fit_in_l2_together(module):
+    share = 3 << 20
+    for heads, size in itertools.product(
+        range(70), (0, 1, 999, share // 3, share - 1, share, 2**40)
+    ):
+        section = module.section_of(heads, size)
+        assert 1 <= section <= max(heads, 1)
+        assert section == 1 or section * size <= share
+        assert section >= heads or (section + 1) * size > share
+
+
 @pytest.mark.parametrize("last_tile_first", [False, True])
 def test_each_tile_of_each_head_is_taken_once(module, last_tile_first):
     for tiles, heads, section in itertools.product((1, 2, 5), (1, 3, 8), (1, 2, 3, 8)):

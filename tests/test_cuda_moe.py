@@ -33,8 +33,11 @@ def test_sorting_with_one_block_and_with_many(sim, module, tokens, experts, top_
     ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(1))
     args = (ids.int(), experts, capacity)
     module.set_device(order=order)
+    module.launched()
     for ours, theirs in zip(sim("moe_index").run(*args), moe_index.reference(*args), strict=True):
         assert torch.equal(ours, theirs)
+    kernels = ["moe_index_count_kernel", "moe_index_place_kernel"]
+    assert module.launched() == kernels[tokens * top_k <= 8192 :]
 
 
 def test_ids_that_are_no_expert_s_are_dropped(sim):

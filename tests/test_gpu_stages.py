@@ -196,6 +196,13 @@ def test_what_the_sanitizers_watch_runs(sim, module, monkeypatch, family):
         assert module.launched(), op
 
 
+@pytest.mark.parametrize("op", gpu.FAMILIES["attention"])
+def test_the_sanitizers_watch_every_width_of_attention_s_tiles(op):
+    dtype = torch.bfloat16
+    head_dims = {small_grid.longest_row(args, dtype) for args in small_grid.watched(op, dtype)}
+    assert {next(w for w in (64, 128, 256) if d <= w) for d in head_dims} == {64, 128, 256}
+
+
 # ---- what is written into validated.json -----------------------------------------------------
 
 TESTS = """

@@ -18,13 +18,12 @@ LARGEST = 1 << 16  # elements of a sample's largest tensor: a sanitizer is some 
 
 
 def run(ops: Sequence[str], device: str = "cuda") -> int:
-    """Runs every third small sample in each dtype; the number that ran."""
+    """Runs what is watched in each dtype; the number of samples that ran."""
     count = 0
     for name in ops:
         backend = OPS[name].backend("cuda")
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            samples = [s.args for s in OPS[name].samples(dtype, "cpu") if _size(s.args) <= LARGEST]
-            for args in samples[::3]:
+            for args in watched(name, dtype):
                 moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
                 if backend.why_not(*moved) is None:
                     backend.run(*moved)
@@ -32,6 +31,18 @@ def run(ops: Sequence[str], device: str = "cuda") -> int:
         if device == "cuda":
             torch.cuda.synchronize()
     return count
+
+
+def watched(op: str, dtype: torch.dtype) -> list[tuple]:
+    """Every third small sample, and that with the longest rows: kernels have tiles for them."""
+    samples = [s.args for s in OPS[op].samples(dtype, "cpu") if _size(s.args) <= LARGEST]
+    longest = max(range(len(samples)), key=lambda i: longest_row(samples[i], dtype))
+    return [samples[i] for i in sorted({*range(0, len(samples), 3), longest})]
+
+
+def longest_row(args: tuple, dtype: torch.dtype) -> int:
+    rows = (a for a in args if isinstance(a, torch.Tensor) and a.dtype == dtype and a.dim() > 1)
+    return max((a.shape[-1] for a in rows), default=0)
 
 
 def _size(args: tuple) -> int:

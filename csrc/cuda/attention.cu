@@ -162,10 +162,6 @@ std::string attention_sm90_why_not(const AttentionFwd& args) {
 }
 
 std::string attention_sm90_why_not(const AttentionBwd& args) {
-  const int width = most(args.problem.head_dim, args.problem.value_dim);
-  if (width > kWidestSm90Bwd) {
-    return "needs head_dim <= " + std::to_string(kWidestSm90Bwd) + ", got " + std::to_string(width);
-  }
   const MappedRows rows(args);
   const TensorOfRows dout = rows_of_dout(args);
   return sm90_why_not({{"dout", dout}, {"q", rows.q}, {"k", rows.k}, {"v", rows.v}});

@@ -14,9 +14,8 @@ struct HeadTile {
 };
 
 // f(item, HeadTile, plain) for the items' type, the narrowest tile that holds a head, and whether
-// the problem is plain: the template arguments of every attention kernel. Heads are at most
-// kWidest.
-template <int kWidest = 256, class F>
+// the problem is plain: the template arguments of every attention kernel.
+template <class F>
 void with_tile(DType dtype, const Attention& p, F f) {
   const auto of_logits = [&](auto item, auto head) {
     p.plain() ? f(item, head, std::true_type{}) : f(item, head, std::false_type{});
@@ -25,10 +24,10 @@ void with_tile(DType dtype, const Attention& p, F f) {
     const int width = most(p.head_dim, p.value_dim);
     if (width <= 64) {
       of_logits(item, HeadTile<64>{});
-    } else if (kWidest == 128 || width <= 128) {
+    } else if (width <= 128) {
       of_logits(item, HeadTile<128>{});
     } else {
-      of_logits(item, HeadTile<kWidest>{});
+      of_logits(item, HeadTile<256>{});
     }
   };
   dtype == DType::bf16 ? of_type(bf16{}) : of_type(f16{});
@@ -47,7 +46,7 @@ void launch_tiles(const char* name, Kernel kernel, Arguments args, Schedule Argu
 }
 
 // Adds a kernel's instantiations: `of(item, head, plain)` is the one, `Tile<head, plain>` its tile.
-template <template <int, bool> class Tile, int kWidest = 256, class Of>
+template <template <int, bool> class Tile, class Of>
 void list_tiles(Kernels& kernels, const char* name, Of of) {
   const auto add = [&](auto item, auto head, auto plain) {
     constexpr int kD = decltype(head)::kWidth;
@@ -58,12 +57,12 @@ void list_tiles(Kernels& kernels, const char* name, Of of) {
                        T::kSharedBytes});
   };
   for (const DType dtype : {DType::bf16, DType::f16}) {
-    for (int width = 64; width <= kWidest; width *= 2) {
+    for (const int width : {64, 128, 256}) {
       for (const float scale : {1.0f, 0.0f}) {
         Attention p = {};
         p.head_dim = width;
         p.scale = scale;  // 0 is not plain
-        with_tile<kWidest>(dtype, p, add);
+        with_tile(dtype, p, add);
       }
     }
   }

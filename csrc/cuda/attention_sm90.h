@@ -2,7 +2,8 @@
 // shared memory between both, and the order of tiles.
 //   A block of threads takes tile after tile of kRows rows of one head: queries, or keys for their
 //   gradients. What it holds of them (Q, K and V, Q and dout) stays while blocks of kBlock rows of
-//   the other side stream by (K and V, Q and dout). Each consumer has 64 of the rows.
+//   the other side stream by (K and V, Q and dout). Each consumer has 64 of the rows, or both share
+//   64.
 #pragma once
 
 #include "attention_tile.h"
@@ -18,28 +19,36 @@ struct Sm90Arguments {
   TensorMap held[kHeld], streamed[2];
 };
 
-// kRowBytes: beside each row that streams by lies so much more, which the producer writes.
-template <int kHead, int kBlockRows, int kHeldTensors, int kRingStages, int kRowBytes = 0>
+// kRowBytes: beside each row of the first that streams by lies so much more, which the producer
+// writes. kLessStages: so many fewer has the second.
+template <int kHead, int kBlockRows, int kHeldTensors, int kRingStages, int kRowBytes = 0,
+          int kLessStages = 0, int kTileRows = 128>
 struct Sm90Tile {
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kRows = 64 * kConsumers, kBlock = kBlockRows;
-  static constexpr int kHeld = kHeldTensors, kStages = kRingStages;
+  static constexpr int kRows = kTileRows, kParts = kRows / 64, kBlock = kBlockRows;
+  static_assert(kRows % 64 == 0, "wgmma has 64 rows");
+  static constexpr int kHeld = kHeldTensors;
+  static constexpr int kStages = kRingStages, kAllStages = 2 * kStages - kLessStages;
   // Of a thread: at the start each has 65536 / kThreads, rounded down to a multiple of 8.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536);
 
-  using Own = Panels<64, kHead>;  // of a consumer
+  static constexpr __device__ int stages(int tensor) {
+    return tensor == 0 ? kStages : kStages - kLessStages;
+  }
+
+  using Own = Panels<64, kHead>;  // what a consumer has of a held tensor
   using Block = Panels<kBlock, kHead>;
   static_assert(Own::kBytes % Own::kAlignment == 0 && Block::kBytes % Block::kAlignment == 0);
 
   // Shared memory, in bytes.
-  static constexpr int kStreamed = kHeld * kConsumers * Own::kBytes;
-  static constexpr int kBeside = kStreamed + 2 * kStages * Block::kBytes;
+  static constexpr int kStreamed = kHeld * kParts * Own::kBytes;
+  static constexpr int kBeside = kStreamed + kAllStages * Block::kBytes;
   static constexpr int kBesideBytes = kBlock * kRowBytes;
   static constexpr int kBarriers = kBeside + kStages * kBesideBytes;
   static constexpr int kSharedBytes =
-      kBarriers + (2 + 4 * kStages) * static_cast<int>(sizeof(Mbarrier));
+      kBarriers + (2 + 2 * kAllStages) * static_cast<int>(sizeof(Mbarrier));
   static_assert(kSharedBytes <= 227 << 10, "sm_90 has no more");
 };
 
@@ -51,8 +60,8 @@ struct SharedTiles {
 
   __device__ __forceinline__ SharedTiles() : base(shared_address(dynamic_shared_memory())) {}
 
-  __device__ __forceinline__ SharedAddress held(int tensor, int consumer) const {
-    return base + (tensor * Tile::kConsumers + consumer) * Tile::Own::kBytes;
+  __device__ __forceinline__ SharedAddress held(int tensor, int part) const {
+    return base + (tensor * Tile::kParts + part) * Tile::Own::kBytes;
   }
   __device__ __forceinline__ SharedAddress streamed(int tensor, int stage) const {
     return base + Tile::kStreamed + (tensor * Tile::kStages + stage) * Tile::Block::kBytes;
@@ -75,7 +84,7 @@ struct SharedTiles {
       mbarrier_init(empty, Tile::kConsumers * kWarpgroup / kWarp);
     };
     init(held_full(), held_empty());
-    for (int i = 0; i < 2 * Tile::kStages; ++i) init(full(0, i), empty(0, i));
+    for (int i = 0; i < Tile::kAllStages; ++i) init(full(0, i), empty(0, i));
     mbarrier_init_fence();
   }
 
@@ -111,8 +120,7 @@ __device__ __forceinline__ void for_each_tile(const Attention& p, const Schedule
 template <class Tile>
 struct Producer {
   const SharedTiles<Tile>& shared;
-  RingPlace<1> held_place = {};
-  RingPlace<Tile::kStages> place[2] = {};
+  RingPlace held_place = {}, place[2] = {};
 
   static __device__ __forceinline__ bool leads() { return thread_index() % kWarp == 0; }
 
@@ -133,13 +141,13 @@ struct Producer {
       mbarrier_arrive_expect_tx(shared.held_full(), Tile::kStreamed);
 #pragma unroll
       for (int i = 0; i < Tile::kHeld; ++i) {
-        for (int consumer = 0; consumer < Tile::kConsumers; ++consumer) {
-          load<typename Tile::Own>(maps[i], shared.held(i, consumer), shared.held_full(),
-                                   row + 64 * consumer, head, batch);
+        for (int part = 0; part < Tile::kParts; ++part) {
+          load<typename Tile::Own>(maps[i], shared.held(i, part), shared.held_full(),
+                                   row + 64 * part, head, batch);
         }
       }
     }
-    held_place.advance();
+    held_place.advance(1);
   }
 
   // The next block of what streams by: once there is room, from `row` on.
@@ -154,7 +162,7 @@ struct Producer {
       load<typename Tile::Block>(map, shared.streamed(tensor, place[tensor].stage), full, row, head,
                                  batch);
     }
-    place[tensor].advance();
+    place[tensor].advance(Tile::stages(tensor));
   }
   __device__ __forceinline__ void stream(int tensor, const TensorMap& map, int row, int head,
                                          int batch) {
@@ -170,8 +178,7 @@ struct Reader {
   static constexpr int kBarrier = 1, kTurnBarrier = 1 + Tile::kConsumers;
 
   const SharedTiles<Tile>& shared;
-  RingPlace<1> held_place = {};
-  RingPlace<Tile::kStages> place[2] = {};
+  RingPlace held_place = {}, place[2] = {};
 
   // Which of the consumers, and the warp's first row among the tile's and among the consumer's.
   static __device__ __forceinline__ int index() { return thread_index() / kWarpgroup - 1; }
@@ -208,7 +215,7 @@ struct Reader {
   }
   __device__ __forceinline__ void wait_for_held() {
     mbarrier_wait(shared.held_full(), held_place.parity);
-    held_place.advance();
+    held_place.advance(1);
   }
   // What the warp has written there is out.
   __device__ __forceinline__ void release_held() const {
@@ -224,7 +231,7 @@ struct Reader {
   }
   __device__ __forceinline__ void release(int tensor) {
     give_back(shared.empty(tensor, place[tensor].stage));
-    place[tensor].advance();
+    place[tensor].advance(Tile::stages(tensor));
   }
 
   // Rows from `first` on of what streams by become zeros: a stranger's NaN times a weight of 0 is

@@ -16,7 +16,7 @@ using Arguments = Sm90Arguments<AttentionBwd, 2>;
 
 // Chosen with the compiler's report, measured on no GPU.
 template <int kD, bool kPlain>
-using QueryTile = Sm90Tile<kD, 128, 2, kD <= 64 ? 4 : 2>;
+using QueryTile = Sm90Tile<kD, kD <= 128 ? 128 : 64, 2, kD <= 64 ? 4 : 2, 0, kD <= 128 ? 0 : 1>;
 
 // What a consumer does with its 64 queries of a tile.
 template <class T, int kD, bool kPlain>
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(QueryTile<kD, kPlain>::kThreads, 1)
 }  // namespace
 
 void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream) {
-  with_tile<kWidestSm90Bwd>(dtype, args.problem, [&](auto item, auto head, auto plain) {
+  with_tile(dtype, args.problem, [&](auto item, auto head, auto plain) {
     using T = decltype(item);
     constexpr int kD = decltype(head)::kWidth;
     using Tile = QueryTile<kD, plain.value>;
@@ -186,7 +186,7 @@ void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream) 
 }
 
 void list_attention_sm90_dq(Kernels& kernels) {
-  list_tiles<QueryTile, kWidestSm90Bwd>(
+  list_tiles<QueryTile>(
       kernels, "attention_sm90_bwd_dq_kernel", [](auto item, auto head, auto plain) {
         return attention_sm90_bwd_dq_kernel<decltype(item), decltype(head)::kWidth, plain.value>;
       });

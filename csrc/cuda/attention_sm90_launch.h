@@ -29,9 +29,6 @@ inline TensorOfRows rows_of_dout(const AttentionBwd& a) {
   return rows_of_queries(a.problem, a.dout, a.problem.value_dim, a.q_rows);
 }
 
-// head_dim of the backward: at 256 the sums of dK and dV would be all of a thread's registers.
-constexpr int kWidestSm90Bwd = 128;
-
 // A block for each multiprocessor; each takes one tile of `rows` positions of a head after another.
 template <class Tile, class Kernel, class Arguments>
 void launch_persistent(const char* name, Kernel kernel, const Arguments& arguments,

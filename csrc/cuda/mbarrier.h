@@ -15,14 +15,13 @@ namespace ceg {
 
 using Mbarrier = uint64_t;  // opaque, in shared memory
 
-// Which of kStages buffers in a ring has its turn, and the parity that its barriers complete next.
-template <int kStages>
+// Which of the buffers in a ring has its turn, and the parity that its barriers complete next.
 struct RingPlace {
   int stage = 0;
   unsigned parity = 0;
 
-  __host__ __device__ __forceinline__ constexpr void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+  __host__ __device__ __forceinline__ constexpr void advance(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 

@@ -47,6 +47,8 @@ PYBIND11_MODULE(_sim, m) {
         arg("dense_in_k"), arg("step"), arg("mn"), arg("k"));
   m.def("partners", ceg::sim::partners, arg("first"), arg("last"), arg("offset"), arg("before"),
         arg("after"), arg("count"));
+  m.def("ring", ceg::sim::ring, arg("stages"), arg("steps"));
+  m.def("section_of", ceg::cuda::section_of, arg("heads"), arg("bytes"));
   m.def("places", ceg::sim::places, arg("tiles"), arg("heads"), arg("section"),
         arg("last_tile_first"));
   ceg::cuda::bind_launchers(m);

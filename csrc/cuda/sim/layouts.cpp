@@ -2,6 +2,7 @@
 #include "layouts.h"
 
 #include "../attention_range.h"
+#include "../mbarrier.h"
 #include "../mma.h"
 #include "../swizzle.h"
 #include "../wgmma.h"
@@ -77,6 +78,14 @@ std::tuple<int, int, int, int> partners(int first, int last, int offset, int bef
                                         int count) {
   const cuda::Partners p = cuda::partners<16>(first, last, offset, before, after, count);
   return {p.start, p.whole, p.rest, p.stop};
+}
+
+std::vector<std::tuple<int, unsigned>> ring(int stages, int steps) {
+  std::vector<std::tuple<int, unsigned>> all;
+  for (RingPlace place; steps > 0; --steps, place.advance(stages)) {
+    all.emplace_back(place.stage, place.parity);
+  }
+  return all;
 }
 
 std::vector<std::tuple<int, int>> places(int tiles, int heads, int section, bool last_tile_first) {

@@ -19,6 +19,8 @@ int operand_address(int rows, int columns, int start, bool dense_in_k, int step,
 // start, whole, rest, stop for blocks of 16.
 std::tuple<int, int, int, int> partners(int first, int last, int offset, int before, int after,
                                         int count);
+// (stage, parity) of a ring before each of `steps` steps.
+std::vector<std::tuple<int, unsigned>> ring(int stages, int steps);
 // (tile, head) of each block of threads.
 std::vector<std::tuple<int, int>> places(int tiles, int heads, int section, bool last_tile_first);
 
