@@ -218,8 +218,12 @@ def compiled():
         "one_pass = next(one for _, _, one in c._launches(target, ['attention_backward'])\n"
         "                if one.kernel.__name__ == 'attention_bwd_kernel')\n"
         "blocks = c.build(one_pass, target).asm['ttir'].split('scf.for')\n"
+        "ptx = {}\n"
+        "for target in map(c.TARGETS.get, ('sm_80', 'sm_90')):\n"
+        "    _, _, forward = next(c._launches(target, ['attention']))\n"
+        "    ptx[target.gpu.arch] = c.build(forward, target).asm['ptx']\n"
         "print(json.dumps({'facts': [d.asdict(f) | {'wrong': f.wrong} for f in facts],\n"
-        "                  'between blocks of keys': blocks[1]}))"
+        "                  'between blocks of keys': blocks[1], 'forward': ptx}))"
     )
     return json.loads(_run(code, TRITON_INTERPRET="0"))
 
@@ -227,16 +231,9 @@ def compiled():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled["facts"] if f["target"] == target and f["family"] != "planted"]
-    expected = {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"}
-    expected |= {f"attention_{k}_kernel" for k in ("fwd", "decode", "decode_join")}
-    expected |= {
-        f"attention_bwd{k}_kernel" for k in ("", "_sum", "_delta", "_dkdv", "_dq", "_dsink")
-    }
-    expected |= {
-        f"moe_{k}_kernel" for k in ("route", "route_bwd", "dispatch", "combine", "combine_bwd")
-    }
-    expected |= {f"moe_index_{k}_kernel" for k in ("count", "scan", "place")}
-    assert expected <= {f["kernel"] for f in facts}
+    sources = (path.read_text() for path in (ROOT / "ceg_kernels" / "triton").glob("*.py"))
+    expected = re.findall(r"^def (\w+_kernel)\(", "\n".join(sources), re.MULTILINE)
+    assert {f["kernel"] for f in facts} == set(expected)
     for fact in facts:
         assert fact["wrong"] is None, fact
         # A thread of CDNA 3 has 256 vector registers and 256 for accumulators.
@@ -252,6 +249,11 @@ def test_a_kernel_that_spills_is_seen(compiled):
 def test_threads_wait_before_they_read_the_sums_of_others(compiled):
     """dQ's partial sums are loaded in another layout than they were stored in."""
     assert re.search(r"\b(ttg|gpu)\.barrier\b", compiled["between blocks of keys"])
+
+
+def test_blocks_are_loaded_by_descriptors_where_the_gpu_has_them(compiled):
+    copies = {gpu: "cp.async.bulk.tensor" in ptx for gpu, ptx in compiled["forward"].items()}
+    assert copies == {"sm_80": False, "sm_90": True}
 
 
 @pytest.fixture
@@ -270,6 +272,9 @@ def facts():
         ({}, None),
         ({"spill_bytes": 8}, "spills 8 bytes a thread"),
         ({"shared_bytes": 1001}, "shared memory must be <= 1000 bytes, got 1001"),
+        ({"tensor_core": "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32"}, "rounded to tf32"),
+        ({"tensor_core": "v_mfma_f32_16x16x8_xf32"}, "rounded to tf32"),
+        ({"tensor_core": "v_mfma_f32_16x16x4_f32"}, None),
     ],
 )
 def test_ceg_info_kernels_prints_the_table_and_fails_on_a_wrong_row(
@@ -284,7 +289,8 @@ def test_ceg_info_kernels_prints_the_table_and_fails_on_a_wrong_row(
     assert "rope_kernel" in out
     assert wrong is None or wrong in out
     cli.main(["info", "--kernels", "sm_90", "--json"])
-    assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(row) | {"wrong": wrong}]
+    assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(row) | {"wrong": row.wrong}]
+    assert (row.wrong is None) == (wrong is None)
 
 
 @pytest.mark.skipif(not triton.INTERPRETED, reason="this process compiles")
@@ -314,4 +320,6 @@ def test_the_host_pays_for_as_few_launches_as_there_are_kernels():
         "rms_norm": 1, "rope": 1, "attention": 1, "attention, one query": 1,
         "attention backward": 3,
     }  # fmt: skip
-    assert all(0 < row["triton_us"] < row["host_us"] for row in rows.values())
+    # Of all calls together: one alone may have met another process.
+    ours, tritons = (sum(row[key] for row in rows.values()) for key in ("host_us", "triton_us"))
+    assert 0 < tritons < ours
