@@ -143,7 +143,7 @@ def describe(built: Any, target: Target, family: str, case: str) -> Facts:
         registers = _number(r"REG:(\d+)", usage)
         # Spilled registers live on the stack; LOCAL counts arrays that are indexed at run time.
         spills = _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
-        # Triton 3.6's assembler clears 8 bytes beside each descriptor on sm_120 and reads none.
+        # In kernels with descriptors triton 3.6 clears 8 bytes on sm_120, which nothing reads.
         if spills and "LDL" not in _cuobjdump("-sass", built.asm["cubin"]):
             spills = 0
         matrix = re.search(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S+", built.asm["ptx"])
