@@ -28,8 +28,8 @@ def add_subcommands(subparsers: argparse._SubParsersAction) -> None:
     )
     tune.add_argument(
         "--compile", metavar="TARGETS",
-        help="instead, and without a GPU: for keys of these GPUs (sm_90,gfx942) whose tile spills "
-        "or does not fit, the largest that does; measured rows stay",
+        help="instead, and without a GPU: for keys of these GPUs (sm_90,gfx942) that have no tile, "
+        "or one that spills or does not fit, the largest that does; measured rows stay",
     )  # fmt: skip
     tune.add_argument("--kernels", default="", metavar="NAMES", help="fwd,bwd,bwd_dkdv,bwd_dq")
     tune.add_argument("--table", type=Path, metavar="FILE", help="default: the package's own")
@@ -63,7 +63,7 @@ def run(parsed: argparse.Namespace) -> int:
 def by_compiler(
     targets: list[str], kernels: tuple[str, ...], path: Path, progress: Progress
 ) -> dict[Key, Tile]:
-    """Rows of `targets` that do not fit any more, replaced; needs no GPU."""
+    """Rows of `targets` that do not fit any more or have no tile, searched; needs no GPU."""
     from ceg_kernels.triton import attention_config as config
     from ceg_kernels.triton import tune
     from ceg_kernels.triton.compile import TARGETS
@@ -76,14 +76,12 @@ def by_compiler(
         for done, key in enumerate(keys):
             progress(done, len(keys), " ".join(map(str, vars(key).values())))
             table = config.rows(path)
-            now, by = table.get(key, (config.UNUSED, "fallback"))
-            if by not in ("compiler", "fallback") or (by == "compiler" and tune.fits(key, now)):
+            now, by = table.get(key, (config.UNUSED, "compiler"))
+            measured = isinstance(by, dict) and "device" in by
+            if measured or (now != config.UNUSED and tune.fits(key, now)):
                 continue
-            tile = next((t for t in tune.candidates(key) if tune.fits(key, t)), None)
-            if tile is None:
-                raise RuntimeError(f"{key} must have a tile that fits, got none")
-            found[key] = tile
-            config.write({**table, key: (tile, "compiler")}, path)
+            found[key], by = tune.largest(key)
+            config.write({**table, key: (found[key], by)}, path)
     return found
 
 

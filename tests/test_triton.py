@@ -93,21 +93,25 @@ def test_offsets_beyond_32_bits_in_rope(far, dimension):
     assert compare(OPS["rope"], outs, (q.clone(), q.clone(), *tail)) <= 1
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["decode, one pass", "tiles, two passes"])
 @pytest.mark.parametrize("dimension", [0, 1, 2])
-def test_offsets_beyond_32_bits_in_attention(far, dimension):
+def test_offsets_beyond_32_bits_in_attention(far, dimension, few):
+    from ceg_kernels.triton.attention_config import UNUSED, forced
+
     make = arguments.maker(torch.bfloat16, DEVICE)
     shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
-    shape[dimension], strides[dimension] = 2, 2**31
-    x = far.as_strided(shape, strides, 2**31 - 64)
+    shape[dimension], strides[dimension] = 4, STRIDE
+    x = far.as_strided(shape, strides, 2 * STRIDE)
     x.copy_(make(*shape))
     tail = None, None, shape[1], shape[1], None, None, 0.2, False, -1, -1, 0.0
     forward, backward = (
         OPS[op].backend("triton").run for op in ("attention", "attention_backward")
     )
     dense = x.contiguous()
-    saved = forward(dense, dense, dense, *tail)
-    grads = backward(dense, None, dense, dense, dense, *saved, *tail)
-    ours = *forward(x, x, x, *tail), *backward(x, None, x, x, x, *saved, *tail)
+    with forced({} if few else {"decode": UNUSED, "bwd": UNUSED}):
+        saved = forward(dense, dense, dense, *tail)
+        grads = backward(dense, None, dense, dense, dense, *saved, *tail)
+        ours = *forward(x, x, x, *tail), *backward(x, None, x, x, x, *saved, *tail)
     for far_away, near in zip(ours, (*saved, *grads), strict=True):
         assert torch.equal(far_away, near)
 
@@ -218,8 +222,12 @@ def compiled():
         "one_pass = next(one for _, _, one in c._launches(target, ['attention_backward'])\n"
         "                if one.kernel.__name__ == 'attention_bwd_kernel')\n"
         "blocks = c.build(one_pass, target).asm['ttir'].split('scf.for')\n"
+        "ptx = {}\n"
+        "for target in map(c.TARGETS.get, ('sm_80', 'sm_90')):\n"
+        "    _, _, forward = next(c._launches(target, ['attention']))\n"
+        "    ptx[target.gpu.arch] = c.build(forward, target).asm['ptx']\n"
         "print(json.dumps({'facts': [d.asdict(f) | {'wrong': f.wrong} for f in facts],\n"
-        "                  'between blocks of keys': blocks[1]}))"
+        "                  'between blocks of keys': blocks[1], 'forward': ptx}))"
     )
     return json.loads(_run(code, TRITON_INTERPRET="0"))
 
@@ -227,16 +235,9 @@ def compiled():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled["facts"] if f["target"] == target and f["family"] != "planted"]
-    expected = {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel", "rope_kernel"}
-    expected |= {f"attention_{k}_kernel" for k in ("fwd", "decode", "decode_join")}
-    expected |= {
-        f"attention_bwd{k}_kernel" for k in ("", "_sum", "_delta", "_dkdv", "_dq", "_dsink")
-    }
-    expected |= {
-        f"moe_{k}_kernel" for k in ("route", "route_bwd", "dispatch", "combine", "combine_bwd")
-    }
-    expected |= {f"moe_index_{k}_kernel" for k in ("count", "scan", "place")}
-    assert expected <= {f["kernel"] for f in facts}
+    sources = (path.read_text() for path in (ROOT / "ceg_kernels" / "triton").glob("*.py"))
+    expected = re.findall(r"^def (\w+_kernel)\(", "\n".join(sources), re.MULTILINE)
+    assert {f["kernel"] for f in facts} == set(expected)
     for fact in facts:
         assert fact["wrong"] is None, fact
         # A thread of CDNA 3 has 256 vector registers and 256 for accumulators.
@@ -252,6 +253,11 @@ def test_a_kernel_that_spills_is_seen(compiled):
 def test_threads_wait_before_they_read_the_sums_of_others(compiled):
     """dQ's partial sums are loaded in another layout than they were stored in."""
     assert re.search(r"\b(ttg|gpu)\.barrier\b", compiled["between blocks of keys"])
+
+
+def test_blocks_are_loaded_by_descriptors_where_the_gpu_has_them(compiled):
+    copies = {gpu: "cp.async.bulk.tensor" in ptx for gpu, ptx in compiled["forward"].items()}
+    assert copies == {"sm_80": False, "sm_90": True}
 
 
 @pytest.fixture
@@ -270,6 +276,9 @@ def facts():
         ({}, None),
         ({"spill_bytes": 8}, "spills 8 bytes a thread"),
         ({"shared_bytes": 1001}, "shared memory must be <= 1000 bytes, got 1001"),
+        ({"tensor_core": "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32"}, "rounded to tf32"),
+        ({"tensor_core": "v_mfma_f32_16x16x8_xf32"}, "rounded to tf32"),
+        ({"tensor_core": "v_mfma_f32_16x16x4_f32"}, None),
     ],
 )
 def test_ceg_info_kernels_prints_the_table_and_fails_on_a_wrong_row(
@@ -284,7 +293,8 @@ def test_ceg_info_kernels_prints_the_table_and_fails_on_a_wrong_row(
     assert "rope_kernel" in out
     assert wrong is None or wrong in out
     cli.main(["info", "--kernels", "sm_90", "--json"])
-    assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(row) | {"wrong": wrong}]
+    assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(row) | {"wrong": row.wrong}]
+    assert (row.wrong is None) == (wrong is None)
 
 
 @pytest.mark.skipif(not triton.INTERPRETED, reason="this process compiles")
@@ -314,4 +324,6 @@ def test_the_host_pays_for_as_few_launches_as_there_are_kernels():
         "rms_norm": 1, "rope": 1, "attention": 1, "attention, one query": 1,
         "attention backward": 3,
     }  # fmt: skip
-    assert all(0 < row["triton_us"] < row["host_us"] for row in rows.values())
+    # Of all calls together: one alone may have met another process.
+    ours, tritons = (sum(row[key] for row in rows.values()) for key in ("host_us", "triton_us"))
+    assert 0 < tritons < ours

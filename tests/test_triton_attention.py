@@ -118,6 +118,34 @@ def test_programs_share_out_a_causal_mask(monkeypatch):
     assert sorted(seen) == [15, 16, 32, 40]  # nobody visits keys for tiles that are not there
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
+def test_only_blocks_that_a_border_crosses_are_masked(monkeypatch):
+    """Four tiles of 64 queries by four of keys under a causal mask: the diagonal."""
+    from ceg_kernels.triton import attention, attention_backward_keys, attention_backward_queries
+
+    blocks = {}
+
+    def watch(module, name, first, masked):
+        run = getattr(module, name)
+
+        def spy(*args):
+            start, stop = (int(args[i]) for i in (first, first + 1))
+            kind = name, bool(args[masked])
+            blocks[kind] = blocks.get(kind, 0) + len(range(start, stop, 64))
+            return run(*args)
+
+        monkeypatch.setattr(module, name, spy)
+
+    watch(attention, "visit", 9, -1)
+    watch(attention_backward_queries, "_visit_keys", 11, -1)
+    watch(attention_backward_keys, "_visit_queries", 13, -2)
+    q = normal(1, 256, 1, 16)
+    with forced({"fwd": (64, 64, 4, 1), "bwd": (0, 0, 0, 0)}):
+        _both(q, q, q, q, *tail(256, 256, causal=True))
+    visits = ("visit", "_visit_keys", "_visit_queries")
+    assert blocks == {(name, masked): 4 if masked else 6 for name in visits for masked in (0, 1)}
+
+
 EVERYTHING = {
     "slopes": normal(6).abs() * 0.05, "sink": normal(6, seed=1), "causal": True, "softcap": 4.0,
 }  # fmt: skip

@@ -95,11 +95,12 @@ def test_a_dropped_choice_adds_nothing_whatever_its_weight_or_row():
 
 def test_offsets_beyond_32_bits(far):
     make = arguments.maker(torch.bfloat16, DEVICE)
-    rows = far.as_strided((2, 64), (2**31, 1), 2**31 - 64)
-    rows.copy_(make(2, 64))
-    slots, sources = _plan(2, 4, 1)
-    weights = torch.tensor([[0.5], [-2.0]], device=DEVICE)
-    upstream = make(2, 4).float()
+    # A stride that fits 32 bits, so that nothing but the kernel's own care widens an offset.
+    rows = far.as_strided((4, 64), (2**30, 1), 2**31)
+    rows.copy_(make(4, 64))
+    slots, sources = _plan(4, 4, 1)
+    weights = torch.tensor([[0.5], [-2.0], [1.0], [3.0]], device=DEVICE)
+    upstream = make(4, 4).float()
     ids = OPS["moe_route"].reference(rows.clone(), None, 4, "softmax", True)[1]
     for op, args in {
         "moe_route": lambda x: (x, None, 4, "softmax", True),

@@ -6,6 +6,7 @@ the accuracy rule before it is timed, which runs here on small arguments in Trit
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,8 +117,6 @@ def test_without_a_gpu_it_says_so(capsys):
     ],
 )
 def test_unknown_names_are_named(capsys, arguments, match):
-    import re
-
     assert cli.main(["tune", *arguments]) == 2
     assert re.search(match, capsys.readouterr().err)
 
@@ -127,14 +126,19 @@ def test_a_tile_that_does_not_fit_is_replaced_and_a_measured_one_is_not(config, 
     path = tmp_path / "tiles.json"
     wide = config.Tile(128, 128, 4, 3)  # 64 KiB of queries alone
     spilling = config.Key("fwd", "sm_120", 256, 16, "plain")
+    unused = config.Key("bwd", "sm_120", 64, 32, "plain")  # as if nothing fitted
     kept = config.Key("bwd_dq", "sm_120", 256, 16, "plain")
     table = {**config.rows(), spilling: (wide, "compiler"), kept: (wide, {"device": "some GPU"})}
+    table[unused] = config.UNUSED, "compiler"
     config.write(table, path)
     code = (
         "from ceg_kernels.triton import attention_config as c, tune; from ceg_model import cli\n"
         "keys = [c.Key(k, 'sm_120', 256, 16, 'plain') for k in ('fwd', 'bwd_dq')]\n"
+        "keys.append(c.Key('bwd', 'sm_120', 64, 32, 'plain'))\n"
         "tune.keys = lambda target: iter(keys)\n"
-        "tune.candidates = lambda key: [c.Tile(128, 128, 8, 3), c.Tile(64, 32, 8, 1)]\n"
+        "tiles = {'fwd': [c.Tile(128, 128, 8, 3), c.Tile(64, 32, 8, 1)],\n"
+        "         'bwd': [c.Tile(64, 64, 8, 1, 1), c.Tile(64, 32, 8, 1, 1), c.UNUSED]}\n"
+        "tune.candidates = lambda key: tiles[key.kernel]\n"
         f"raise SystemExit(cli.main(['tune', '--compile', 'sm_120', '--table', {str(path)!r}]))"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -147,7 +151,19 @@ def test_a_tile_that_does_not_fit_is_replaced_and_a_measured_one_is_not(config, 
     found = config.rows(path)
     assert found.pop(spilling) == (config.Tile(64, 32, 8, 1), "compiler")
     assert found.pop(kept) == (wide, {"device": "some GPU"})
-    assert found == {k: v for k, v in config.rows().items() if k not in (spilling, kept)}
+    tile, by = found.pop(unused)
+    assert (tile, by["tried"], by["nearest"]) == (config.UNUSED, 2, [64, 32, 8, 1])
+    assert by["wrong"].startswith("spills ")
+    assert found == {k: v for k, v in table.items() if k not in (spilling, kept, unused)}
+
+
+def test_the_table_says_what_was_tried_where_a_kernel_is_not_used(config, tune):
+    for key, (tile, by) in config.rows().items():
+        if tile == config.UNUSED:
+            assert by["tried"] == len(tune.candidates(key)) - 1, key
+            assert re.match(r"spills \d+ bytes|shared memory must be <= ", by["wrong"]), key
+        else:
+            assert by == "compiler" or by["device"], key
 
 
 @pytest.mark.skipif(not triton.INTERPRETED, reason="sizes for the interpreter")

@@ -2,8 +2,8 @@
 of the elements and kind of mask.
 
 Rows by "compiler" are the largest tiles that compile without spills and within shared memory: a
-guess at what is fast. `ceg tune` replaces them by measured ones; those by "fallback" nobody has
-searched. Nothing is tuned on a user's call.
+guess at what is fast. Where there is none the row says how many were tried and what is wrong with
+the nearest. `ceg tune` replaces rows by measured ones. Nothing is tuned on a user's call.
 
 The `programs` of bwd and decode decide on how keys are shared out, and so on bits. bwd: for how
 many programs, each of which adds to dQ beside dK and dV; with 0, or where the sums would need too
@@ -87,7 +87,7 @@ def write(table: Mapping[Key, tuple[Tile, Any]], path: Path = PATH) -> None:
     """Replace the table, a line for each row; a reader sees the old one or the new one."""
     lines = [
         json.dumps({"key": [*vars(key).values()], "tile": [*vars(tile).values()], "by": by})
-        for key, (tile, by) in sorted(table.items(), key=lambda row: [*map(str, vars(row[0]))])
+        for key, (tile, by) in sorted(table.items(), key=lambda row: [*vars(row[0]).values()])
     ]
     temporary = path.with_suffix(".new")
     temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")

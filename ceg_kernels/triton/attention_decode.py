@@ -47,7 +47,7 @@ def attention_decode_kernel(
 
     # Load.
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    p = p_q + b * s_qb + (first_q + o_m) * s_qt + o_h * s_qh
+    p = p_q + b * s_qb + (first_q + o_m).to(tl.int64) * s_qt + o_h * s_qh
     q = tl.load(
         p[:, None] + o_d[None, :], mask=there[:, None] & (o_d < D)[None, :], other=0.0
     )  # fmt: skip

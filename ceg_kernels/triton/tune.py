@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 
 from ceg_kernels.triton import attention, attention_backward
 from ceg_kernels.triton.attention_config import UNUSED, Key, Tile, forced, key_of, plain
@@ -79,7 +80,36 @@ def alone(key: Key, tile: Tile) -> dict[str, Tile]:
 
 def fits(key: Key, tile: Tile) -> bool:
     """Whether no call of the key spills or wants more shared memory than its GPU has."""
-    return not any(fact.wrong for fact in facts(key, tile, TARGETS[key.gpu]))
+    return _misfit(key, tile) is None
+
+
+def _misfit(key: Key, tile: Tile) -> Facts | None:
+    return next((fact for fact in facts(key, tile, TARGETS[key.gpu]) if fact.wrong), None)
+
+
+def largest(key: Key) -> tuple[Tile, Any]:
+    """The first candidate that fits and its `by` in the table.
+
+    Of UNUSED that is what was tried: how many tiles, and which of them came nearest.
+    """
+    tried: dict[Tile, Facts] = {}
+    for tile in candidates(key):
+        if (misfit := _misfit(key, tile)) is not None:
+            tried[tile] = misfit
+        elif tile != UNUSED:
+            return tile, "compiler"
+        else:
+            # Too much shared memory is never a near miss.
+            distance = {
+                t: (f.shared_bytes > f.shared_limit, f.spill_bytes) for t, f in tried.items()
+            }
+            nearest = min(distance, key=distance.__getitem__)
+            return tile, {
+                "compiler": f"triton {triton.__version__}", "tried": len(tried),
+                "nearest": [nearest.m, nearest.n, nearest.warps, nearest.stages],
+                "wrong": tried[nearest].wrong,
+            }  # fmt: skip
+    raise RuntimeError(f"{key} must have a tile that fits, got none of {len(tried)}")
 
 
 def candidates(key: Key) -> list[Tile]:
