@@ -32,6 +32,9 @@ class ProcessGroup:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             yield cls(dist.get_rank(), dist.get_world_size())
+            # A thread of Gloo's lets go of the last broadcast's tensors, for which it needs Python,
+            # and aborts the process where that ends meanwhile. Whoever waits here leaves it free.
+            dist.barrier()
         finally:
             dist.destroy_process_group()
 
