@@ -419,32 +419,6 @@ def test_log_every_sums_rows_without_changing_the_run(undisturbed, data_dir, tmp
     assert coarse[-1]["eval_loss"] == fine[-1]["eval_loss"]
 
 
-def test_two_processes_equal_two_micro_batches(data_dir, tmp_path):
-    # with dropout, and with experts' biases that depend on the tokens of both
-    model = dataclasses.replace(MODEL, mlp="moe", balance="bias")
-    train(model, TRAIN, data_dir, tmp_path / "one")
-    script = (
-        "import json, sys\n"
-        "from ceg_model.config import GPTConfig\n"
-        "from ceg_model.train import TrainConfig, train\n"
-        "train(GPTConfig.from_dict(json.loads(sys.argv[1])), "
-        "TrainConfig.from_dict(json.loads(sys.argv[2])), sys.argv[3], sys.argv[4])\n"
-    )
-    (tmp_path / "script.py").write_text(script)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "script.py"), json.dumps(model.to_dict()), json.dumps(TRAIN.to_dict()),
-         str(data_dir), str(tmp_path / "two")],
-        check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for a, b in zip(_losses(tmp_path / "one"), _losses(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-        if a["eval_loss"] is not None:
-            assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
-    assert json.loads((tmp_path / "two" / RUN).read_text())["sessions"][0]["processes"] == 2
-
-
 def test_grad_accum_must_be_shared_evenly(data_dir, tmp_path):
     group = training.ProcessGroup(rank=0, world=3)
     with pytest.raises(ValueError, match="grad_accum must be a multiple of the 3 processes, got 2"):

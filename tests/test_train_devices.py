@@ -1,7 +1,13 @@
-"""Training on the CPU and on a GPU gives the losses of the formula, stopped on the way or not."""
+"""Training on the CPU and on a GPU gives the losses of the formula, stopped on the way or not, and
+two processes those of one.
+"""
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ from ceg_model.rundir import RUN, read_metrics
 from ceg_model.train import train
 from ceg_model.train_config import TrainConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = GPTConfig(
     n_layer=1, n_head=2, d_model=32, seq_len=32,
     norm="rms_norm", position="rope", qk_norm=True, mlp="swiglu",
@@ -59,3 +66,29 @@ def test_each_device_trains_to_the_losses_of_the_formula(
         assert row["grad_norm"] == pytest.approx(formula["grad_norm"], rel=10 * near)
         if formula["eval_loss"] is not None:
             assert row["eval_loss"] == pytest.approx(formula["eval_loss"], rel=near)
+
+
+def test_two_processes_equal_two_micro_batches(data_dir, tmp_path):
+    # with dropout, and with experts' biases that depend on the tokens of both
+    model = dataclasses.replace(MODEL, mlp="moe", balance="bias", dropout=0.1)
+    train(model, TRAIN, data_dir, tmp_path / "one")
+    script = (
+        "import json, sys\n"
+        "from ceg_model.config import GPTConfig\n"
+        "from ceg_model.train import TrainConfig, train\n"
+        "train(GPTConfig.from_dict(json.loads(sys.argv[1])), "
+        "TrainConfig.from_dict(json.loads(sys.argv[2])), sys.argv[3], sys.argv[4])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "script.py"), json.dumps(model.to_dict()), json.dumps(TRAIN.to_dict()),
+         str(data_dir), str(tmp_path / "two")],
+        check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        if a["eval_loss"] is not None:
+            assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
+    assert json.loads((tmp_path / "two" / RUN).read_text())["sessions"][0]["processes"] == 2
