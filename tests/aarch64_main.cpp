@@ -8,6 +8,8 @@
 #include <cstring>
 #include <fstream>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../csrc/cpu/attention.h"
@@ -71,17 +73,36 @@ class Arguments {
 
 constexpr int kThreads = 2;
 
+// What both directions take after their tensors; read in the order of the members.
+struct Flags {
+  std::optional<Tensor> cu_q, cu_k;
+  int64_t max_q, max_k;
+  std::optional<Tensor> alibi, sink;
+  double scale;
+  bool causal;
+  int64_t left, right;
+  double softcap;
+
+  explicit Flags(Arguments& a)
+      : cu_q(a.maybe()),
+        cu_k(a.maybe()),
+        max_q(a.i()),
+        max_k(a.i()),
+        alibi(a.maybe()),
+        sink(a.maybe()),
+        scale(a.f()),
+        causal(a.i() != 0),
+        left(a.i()),
+        right(a.i()),
+        softcap(a.f()) {}
+};
+
 std::vector<Tensor> attention(Arguments& a) {
   const Tensor q = a.t(), k = a.t(), v = a.t();
-  const auto cu_q = a.maybe(), cu_k = a.maybe();
-  const int64_t max_q = a.i(), max_k = a.i();
-  const auto alibi = a.maybe(), sink = a.maybe();
-  const double scale = a.f();
-  const int64_t causal = a.i(), left = a.i(), right = a.i();
-  const double softcap = a.f();
+  const Flags f(a);
   const Tensor out = a.t(), lse = a.t();
-  attention_fwd(q, k, v, cu_q, cu_k, max_q, max_k, alibi, sink, out, lse, scale, causal != 0, left,
-                right, softcap, kThreads, "portable");
+  attention_fwd(q, k, v, f.cu_q, f.cu_k, f.max_q, f.max_k, f.alibi, f.sink, out, lse, f.scale,
+                f.causal, f.left, f.right, f.softcap, kThreads, "portable");
   return {out, lse};
 }
 
@@ -89,16 +110,11 @@ std::vector<Tensor> attention_backward(Arguments& a) {
   const Tensor dout = a.t();
   const auto dlse = a.maybe();
   const Tensor q = a.t(), k = a.t(), v = a.t(), out = a.t(), lse = a.t();
-  const auto cu_q = a.maybe(), cu_k = a.maybe();
-  const int64_t max_q = a.i(), max_k = a.i();
-  const auto alibi = a.maybe(), sink = a.maybe();
-  const double scale = a.f();
-  const int64_t causal = a.i(), left = a.i(), right = a.i();
-  const double softcap = a.f();
+  const Flags f(a);
   const Tensor dq = a.t(), dk = a.t(), dv = a.t(), dsink = a.t();
-  attention_bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, alibi, sink, dq, dk, dv,
-                sink ? std::optional(dsink) : std::nullopt, scale, causal != 0, left, right,
-                softcap, kThreads, "portable");
+  attention_bwd(dout, dlse, q, k, v, out, lse, f.cu_q, f.cu_k, f.max_q, f.max_k, f.alibi, f.sink,
+                dq, dk, dv, f.sink ? std::optional(dsink) : std::nullopt, f.scale, f.causal, f.left,
+                f.right, f.softcap, kThreads, "portable");
   return {dq, dk, dv, dsink};
 }
 

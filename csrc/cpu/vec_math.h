@@ -27,8 +27,8 @@ inline Vec<double> power_of_two(Vec<double> n) {
 }
 
 // Relative error before rounding 2e-9 (float) and 6e-20 (double), and of x * log2(e)'s rounding
-// up to |x| * 6e-8 (float), which is most where the result is far from 1. exp(0) is 1. NaN gives
-// NaN.
+// up to |x| * 6e-8 (float), which is most where the result is far from 1. exp(0) is 1, NaN gives
+// NaN. Below e^-87 a float is 0 where denormals are off, as they are in the kernels.
 inline Vec<float> exp(Vec<float> x) {
 #if defined(__AVX512F__)
   // 2^t as 2^floor(t) * 2^r with r in [0, 1): vreduceps gives r (0 for an infinite t) and vscalefps
