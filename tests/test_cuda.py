@@ -25,8 +25,9 @@ ON_CUDA = [
     if "cuda" in [b.name for b in op.backends] and "attention" not in op.name
 ]
 
-# dx, long rows' shares of dweight, their sum; q and k of rope are one, and so are all others.
-MOST_LAUNCHES = {"rms_norm_backward": 3}
+# dx, long rows' shares of dweight, their sum; zeros to count tokens from, where these are many; q
+# and k of rope are one, and so are all others.
+MOST_LAUNCHES = {"rms_norm_backward": 3, "moe_route": 2}
 
 needs_simulator = cuda_sim.needed
 

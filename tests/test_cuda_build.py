@@ -142,8 +142,12 @@ def test_nothing_but_counts_of_tokens_is_added_atomically():
         for symbol, body in machine_code(str(native._C.__file__), archs()[0]).items()
         for instruction in re.findall(r"\b(?:RED|ATOM)[GS]?\.\S+", body)
     }
-    assert {name for name, _ in found} == {"moe_route_kernel"}
-    assert all(re.fullmatch(r"RED\w*\.E\.ADD\.STRONG\.GPU", i) for _, i in found), found
+    adds = {
+        "moe_route_kernel": r"RED\w*\.E\.ADD\.STRONG\.GPU",
+        "moe_route_few_kernel": r"ATOMS\.POPC\.INC\.32",
+    }
+    assert {name for name, _ in found} == set(adds)
+    assert all(re.fullmatch(adds[name], i) for name, i in found), found
 
 
 def test_the_roofs_multiply_as_often_as_they_say():

@@ -73,6 +73,24 @@ def test_routing_among_many(sim, tokens, experts, top_k, score, renormalize, dty
     assert compare(OPS["moe_route_backward"], (grads,), args) <= 1
 
 
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "few"),
+    [(1, 8, True), (32, 128, True), (33, 128, False), (32, 372, True), (32, 373, False)],
+)
+def test_few_tokens_are_one_launch(sim, module, tokens, experts, few, order):
+    logits = arguments.maker(torch.bfloat16, "cpu")(tokens, experts)
+    args = (logits, None, 4, "softmax", True)
+    module.set_device(order=order)
+    module.launched()
+    weights, ids, counts = sim("moe_route").run(*args)
+    kernels = ["moe_route_few_kernel"] if few else ["memset", "moe_route_kernel"]
+    assert module.launched() == kernels
+    assert torch.equal(ids, moe_route.reference(*args)[1])
+    assert torch.equal(counts, torch.bincount(ids.flatten(), minlength=experts))
+    assert error_over_slack(OPS["moe_route"], sim("moe_route"), args) <= 1
+
+
 def test_infinities_and_nan_are_chosen_as_on_the_cpu(sim):
     inf = float("inf")
     rows = [

@@ -10,8 +10,8 @@
 namespace ceg::cuda {
 namespace {
 
-constexpr int kQ = 0, kDout = 1;       // what is held
-constexpr int kKeys = 0, kValues = 1;  // what streams by
+enum : int { kQ, kDout };       // what is held
+enum : int { kKeys, kValues };  // what streams by
 using Arguments = Sm90Arguments<AttentionBwd, 2>;
 
 // Chosen with the compiler's report, measured on no GPU.

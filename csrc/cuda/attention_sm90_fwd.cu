@@ -13,7 +13,7 @@ namespace ceg::cuda {
 
 namespace {
 
-constexpr int kKeys = 0, kValues = 1;  // what streams by
+enum : int { kKeys, kValues };  // what streams by
 using Arguments = Sm90Arguments<AttentionFwd, 1>;
 
 // Chosen with the compiler's report, measured on no GPU. At 256 two stages of 128 keys would be

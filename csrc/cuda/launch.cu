@@ -18,7 +18,10 @@ Device launch_device(const char* name, const Tensor& t) {
 OnDevice::OnDevice(const Device&) : before_(0) {}
 OnDevice::~OnDevice() = default;
 
-void clear(const char*, void* data, size_t bytes, uintptr_t) { std::memset(data, 0, bytes); }
+void clear(const char*, void* data, size_t bytes, uintptr_t) {
+  sim::launching("memset");
+  std::memset(data, 0, bytes);
+}
 
 int multiprocessors() { return sim::device().multiprocessors; }
 size_t shared_memory_limit() { return sim::device().shared_limit; }

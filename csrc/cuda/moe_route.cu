@@ -14,6 +14,8 @@ enum class Score { softmax, sigmoid };
 
 constexpr int kMostWarps = 4;  // tokens a block, one a warp
 constexpr int kResident = resident(kWarp * kMostWarps, 64);
+constexpr int kFew = 32;  // tokens that are one block, which then needs no zeros to count from
+constexpr size_t kRoom = 48 << 10;  // of a block in shared memory, without asking for more
 
 template <class T>
 struct Route {
@@ -88,15 +90,12 @@ __device__ __forceinline__ uint64_t best_of_lane(const float* keys, int experts)
   return best;
 }
 
-// A warp has one token. Dynamic shared memory: a row of keys a warp.
-template <class T>
-__global__ void __launch_bounds__(kWarp* kMostWarps, kResident) moe_route_kernel(const Route<T> a) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (n >= a.tokens) return;
+// Token n, by a warp with room for a key an expert. count(e): by one lane for each choice.
+template <class T, class Count>
+__device__ __forceinline__ void route(const Route<T>& a, int64_t n, float* keys, Count count) {
   const T* logits = a.logits + n * a.logits_stride;
   int* ids = a.expert_ids + n * a.ids_stride;
   float* weights = a.weights + n * a.weights_stride;
-  float* keys = reinterpret_cast<float*>(dynamic_shared_memory()) + threadIdx.y * a.experts;
 
   // Keys: without a bias the logits decide, with the same order as their scores.
   const bool softmax = a.score == Score::softmax;
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kResident) moe_route_kernel
     const int chosen = static_cast<int>(~static_cast<unsigned>(warp_max(mine)));
     if (chosen % kWarp == static_cast<int>(threadIdx.x)) {
       ids[k] = chosen;
-      atomicAdd(a.totals + chosen, 1);  // integers: any order gives the same sum
+      count(chosen);
       keys[chosen] = NAN;
       mine = best_of_lane(keys, a.experts);
     }
@@ -138,6 +137,28 @@ __global__ void __launch_bounds__(kWarp* kMostWarps, kResident) moe_route_kernel
   if (!a.renormalize) return;
   sum = warp_sum(sum);
   for (int k = threadIdx.x; k < a.top_k; k += kWarp) weights[k] /= sum;
+}
+
+// Counts are integers: any order gives the same sum. Dynamic shared memory: a row of keys a warp.
+template <class T>
+__global__ void __launch_bounds__(kWarp* kMostWarps, kResident) moe_route_kernel(const Route<T> a) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (n >= a.tokens) return;
+  float* keys = reinterpret_cast<float*>(dynamic_shared_memory()) + threadIdx.y * a.experts;
+  route(a, n, keys, [&](int expert) { atomicAdd(a.totals + expert, 1); });
+}
+
+// All tokens in one block, which counts in shared memory too: one launch, without zeros before it.
+template <class T>
+__global__ void __launch_bounds__(kWarp* kFew, 1) moe_route_few_kernel(const Route<T> a) {
+  int* counts = reinterpret_cast<int*>(dynamic_shared_memory());
+  float* keys = reinterpret_cast<float*>(counts + a.experts) + threadIdx.y * a.experts;
+  const int thread = threadIdx.y * kWarp + threadIdx.x, threads = kWarp * blockDim.y;
+  for (int e = thread; e < a.experts; e += threads) counts[e] = 0;
+  __syncthreads();
+  route(a, threadIdx.y, keys, [&](int expert) { atomicAdd(counts + expert, 1); });
+  __syncthreads();
+  for (int e = thread; e < a.experts; e += threads) a.totals[e] = counts[e];
 }
 
 // A warp has one token. Only softmax without renormalisation reaches experts that were not chosen.
@@ -215,9 +236,9 @@ void check_logits(const Tensor& logits) {
 // As many warps a block as their keys leave room for in 48 KiB.
 template <class T>
 Launch launch_of(const char* name, const Route<T>& a, size_t keys, uintptr_t stream) {
-  const size_t row = std::max<size_t>(a.experts, 1) * keys, room = 48 << 10;
+  const size_t row = std::max<size_t>(a.experts, 1) * keys;
   const auto warps =
-      static_cast<unsigned>(keys ? std::clamp<size_t>(room / row, 1, kMostWarps) : kMostWarps);
+      static_cast<unsigned>(keys ? std::clamp<size_t>(kRoom / row, 1, kMostWarps) : kMostWarps);
   return {.name = name,
           .grid = static_cast<unsigned>((a.tokens + warps - 1) / warps),
           .block = dim3(kWarp, warps),
@@ -250,7 +271,10 @@ void moe_route(const Tensor& logits, const std::optional<Tensor>& bias, const Te
   check_output("tokens_per_expert", tokens_per_expert, logits.device);
   const Score kind = parse_score(score);
   const OnDevice guard(logits.device);
-  clear("tokens_per_expert", tokens_per_expert.data, experts * sizeof(int), stream);
+  // Of a block for all tokens: a row of keys a token, and the counts.
+  const size_t shared = (tokens + 1) * experts * sizeof(float);
+  const bool few = 1 <= tokens && tokens <= kFew && shared <= kRoom;
+  if (!few) clear("tokens_per_expert", tokens_per_expert.data, experts * sizeof(int), stream);
   with_storage(logits.dtype, [&](auto storage) {
     using T = decltype(storage);
     const Route<T> a{.logits = logits.ptr<T>(),
@@ -266,7 +290,12 @@ void moe_route(const Tensor& logits, const std::optional<Tensor>& bias, const Te
                      .top_k = static_cast<int>(top_k),
                      .score = kind,
                      .renormalize = renormalize};
-    launch(launch_of("moe_route_kernel", a, sizeof(float), stream), moe_route_kernel<T>, a);
+    if (few) {
+      const dim3 block(kWarp, static_cast<unsigned>(tokens));
+      launch({"moe_route_few_kernel", 1, block, shared, stream}, moe_route_few_kernel<T>, a);
+    } else {
+      launch(launch_of("moe_route_kernel", a, sizeof(float), stream), moe_route_kernel<T>, a);
+    }
   });
 }
 
@@ -307,6 +336,7 @@ void list_moe_route(Kernels& kernels) {
   for_each_storage([&](auto storage, const char* type) {
     using T = decltype(storage);
     add(kernels, "moe_route_kernel", type, 1, moe_route_kernel<T>, kWarp * kMostWarps);
+    add(kernels, "moe_route_few_kernel", type, 1, moe_route_few_kernel<T>, kWarp * kFew);
     add(kernels, "moe_route_bwd_kernel", type, 1, moe_route_bwd_kernel<T>, kWarp * kMostWarps);
   });
 }

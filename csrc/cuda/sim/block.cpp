@@ -216,12 +216,13 @@ Device& device() {
 }
 
 std::vector<std::string> launched() { return std::exchange(names(), {}); }
+void launching(const char* name) { names().push_back(name); }
 
 void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
               const std::function<void()>& body) {
   static std::mutex one_launch;
   const std::lock_guard lock(one_launch);
-  names().push_back(name);
+  launching(name);
   check_limits(name, grid, dim, shared_bytes);
   Block running{};
   running.name = name;

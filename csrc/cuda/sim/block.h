@@ -36,8 +36,9 @@ struct Device {
 };
 Device& device();
 
-// Names of the kernels that ran since the last call, in order.
+// Names of the kernels that ran since the last call, in order, and of what else `launching` names.
 std::vector<std::string> launched();
+void launching(const char* name);
 
 // Throws std::runtime_error where threads wait for what cannot come any more, and whatever a thread
 // throws. `name`, of the kernel, is for these errors.
