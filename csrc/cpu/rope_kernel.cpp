@@ -27,7 +27,7 @@ struct Angles {
 template <class S, class C>
 inline void rotate_halves(const S* x, S* out, Angles<C> a, int64_t half, int64_t ahead,
                           bool streaming) {
-  for_each_line<C, S>(half, [&](int64_t i, auto vectors, int64_t n) {
+  for_each_line<C, S>(0, half, [&](int64_t i, auto vectors, int64_t n) {
     constexpr int kVectors = decltype(vectors)::value;
     prefetch_line(x + ahead, i);
     prefetch_line(x + ahead + half, i);

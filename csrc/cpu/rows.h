@@ -34,19 +34,23 @@ inline void for_each_vec(int64_t n, F step) {
   if (i < n) step(i, n - i);
 }
 
-// The same by cache lines of S: step(i, vectors, lanes) with `vectors` a std::integral_constant of
-// how many follow each other there, two of 16-bit items. Whoever streams to several places in turn
-// writes whole lines by it: their halves may reach memory one by one.
+// Vectors that a cache line of S becomes: two of 16-bit items.
+template <class C, class S>
+inline constexpr int kTogether = sizeof(C) / sizeof(S);
+
+// Elements [first, last) by cache lines of S: step(i, vectors, lanes) with `vectors` a
+// std::integral_constant of how many follow each other there. Whoever streams to several places in
+// turn writes whole lines by it: their halves may reach memory one by one.
 template <class C, class S, class F>
-inline void for_each_line(int64_t n, F step) {
+inline void for_each_line(int64_t first, int64_t last, F step) {
   constexpr int64_t lanes = kLanes<C>;
-  constexpr int kTogether = sizeof(C) / sizeof(S);
-  int64_t i = 0;
-  for (; i + kTogether * lanes <= n; i += kTogether * lanes) {
-    step(i, std::integral_constant<int, kTogether>{}, lanes);
+  constexpr int vectors = kTogether<C, S>;
+  int64_t i = first;
+  for (; i + vectors * lanes <= last; i += vectors * lanes) {
+    step(i, std::integral_constant<int, vectors>{}, lanes);
   }
-  for (; i < n; i += lanes)
-    step(i, std::integral_constant<int, 1>{}, n - i < lanes ? n - i : lanes);
+  for (; i < last; i += lanes)
+    step(i, std::integral_constant<int, 1>{}, last - i < lanes ? last - i : lanes);
 }
 
 // Sum of term(i, lanes) over a row, in an order that depends on n alone. Four accumulators hide the
