@@ -144,6 +144,10 @@ class Cpu:
         """Scratch in the shape of t for a launcher that does not allocate its own."""
         return ()
 
+    def scratch(self, name: str, t: torch.Tensor, *args: Any) -> tuple:
+        """Floats on t's device, as many as the launcher `name` says it needs for t and args."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Cuda:
@@ -175,6 +179,10 @@ class Cuda:
 
     def beside(self, t: torch.Tensor) -> tuple:
         return (t.new_empty(t.shape),)
+
+    def scratch(self, name: str, t: torch.Tensor, *args: Any) -> tuple:
+        floats = getattr(self._launchers(), f"{name}_scratch")(t, *args)
+        return (t.new_empty(floats, dtype=torch.float32),)
 
     def _launchers(self) -> Any:
         return _C.cuda if self.module is None else self.module

@@ -169,14 +169,25 @@ def test_the_roofs_multiply_as_often_as_they_say():
 
 def test_attention_multiplies_on_tensor_cores_what_asynchronous_copies_bring():
     """mma.sync, ldmatrix and cp.async, in the machine code of every instance."""
-    wanted = r"attention_(fwd|bwd_dkdv|bwd_dq)_kernel"
+    wanted = r"attention_(fwd|decode|bwd_dkdv|bwd_dq)_kernel"
     symbols = {u.symbol for u in shipped() if re.search(wanted, u.symbol)}
-    assert len(symbols) == 36  # three kernels, two types, three head_dims, plain logits or any
+    assert len(symbols) == 48  # four kernels, two types, three head_dims, plain logits or any
     bodies = machine_code(str(native._C.__file__), archs()[0], symbols)
     assert set(bodies) == symbols
     for symbol, body in bodies.items():
         for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E"):
             assert instruction in body, f"{symbol} has no {instruction}"
+
+
+def test_decoding_waits_for_its_oldest_copies_alone():
+    """A wait for Q, for keys and for values, that leave the others under way; one for all."""
+    symbols = {u.symbol for u in shipped() if "attention_decode_kernel" in u.symbol}
+    assert len(symbols) == 12  # two types, three head_dims, plain logits or any
+    bodies = machine_code(str(native._C.__file__), archs()[0], symbols)
+    for symbol, body in bodies.items():
+        slots = 5 if "Li64E" in symbol else 3
+        left = [int(n) for n in re.findall(r"\bDEPBAR\.LE SB0, 0x(\d+)", body)]
+        assert left == [slots - 1, slots - 2, slots - 2, 0], f"{symbol}: {left}"
 
 
 def test_attention_for_hopper_multiplies_by_warpgroups_what_the_copy_engine_brings():

@@ -21,6 +21,7 @@ SM80 = {
     "attention": ["attention_fwd_kernel"],
     "attention_backward": ["attention_bwd_dkdv_kernel", "attention_bwd_dq_kernel"],
 }
+DECODE = ["attention_decode_kernel"]
 SM90 = {
     op: [name.replace("attention_", "attention_sm90_") for name in names]
     for op, names in SM80.items()
@@ -46,6 +47,8 @@ def launched(module):
 
 def expected_kernels(op, sample):
     k = sample.args[1 if op == "attention" else 3]
+    if op == "attention" and sample.args[5] <= 16:
+        return DECODE
     return (SM80 if k.numel() == 0 else SM90)[op]
 
 

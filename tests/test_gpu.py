@@ -100,8 +100,40 @@ def test_offsets_beyond_32_bits(far, op, backend, dimension):
         tail = (*rope_table(2, 64, device=DEVICE), None, False, False)
         assert compare(OPS[op], as_tuple(run(x, x, *tail)), (near, near, *tail)) <= 1
         return
-    tail = None, None, shape[1], shape[1], None, None, 0.2, False, -1, -1, 0.0
-    assert compare(OPS[op], as_tuple(run(x, x, x, *tail)), (near, near, near, *tail)) <= 1
+    # Two queries are decoding, which has kernels of its own.
+    many = arguments.maker(torch.bfloat16, DEVICE)(shape[0], 20, shape[2], 64)
+    for q, near_q in ((x, near), (many, many)):
+        tail = None, None, q.shape[1], shape[1], None, None, 0.2, False, -1, -1, 0.0
+        outs = as_tuple(run(q, x, x, *tail))
+        assert compare(OPS[op], outs, (near_q, near, near, *tail)) <= 1
+
+
+FLAGS = {
+    "plain": {},
+    "window": {"left": 5000},
+    "everything": {"left": 9000, "softcap": 5.0, "with_sink": True, "with_slopes": True},
+}
+
+
+def decoding(keys, queries, heads, kv_heads, d, *, left=-1, softcap=0.0, with_sink=False,
+             with_slopes=False):  # fmt: skip
+    make = arguments.maker(torch.bfloat16, DEVICE)
+    q, k, v = make(2, queries, heads, d), make(2, keys, kv_heads, d), make(2, keys, kv_heads, d)
+    sink = make(heads).float() if with_sink else None
+    slopes = make(heads).abs().float() * 1e-3 if with_slopes else None
+    return (q, k, v, None, None, queries, keys, slopes, sink, d**-0.5, True, left, -1, softcap)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize(("queries", "d"), [(1, 64), (1, 128), (4, 128), (1, 256)])
+@pytest.mark.parametrize(("op", "backend"), [("attention", "cuda")])  # Triton would compile long
+def test_decoding_at_16384_keys(op, backend, queries, d, flags):
+    args = decoding(16384, queries, 16, 2, d, **FLAGS[flags])
+    assert error_over_slack(OPS[op], backend, args) <= 1
+    run = OPS[op].backend(backend).run
+    first = as_tuple(run(*args))
+    for _ in range(20):
+        assert all(map(torch.equal, first, as_tuple(run(*args))))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

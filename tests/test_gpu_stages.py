@@ -203,6 +203,11 @@ def test_the_sanitizers_watch_every_width_of_attention_s_tiles(op):
     assert {next(w for w in (64, 128, 256) if d <= w) for d in head_dims} == {64, 128, 256}
 
 
+def test_the_sanitizers_watch_decoding_in_several_chunks():
+    shapes = [args[:2] for args in small_grid.watched("attention", torch.bfloat16)]
+    assert any(q.shape[1] <= 16 and k.shape[1] > 256 for q, k in shapes if q.dim() == 4)
+
+
 # ---- what is written into validated.json -----------------------------------------------------
 
 TESTS = """

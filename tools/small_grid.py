@@ -14,7 +14,7 @@ import torch
 
 from ceg_kernels import OPS
 
-LARGEST = 1 << 16  # elements of a sample's largest tensor: a sanitizer is some 100 times slower
+LARGEST = 80_000  # elements of a sample's largest tensor: a sanitizer is some 100 times slower
 
 
 def run(ops: Sequence[str], device: str = "cuda") -> int:
@@ -34,15 +34,22 @@ def run(ops: Sequence[str], device: str = "cuda") -> int:
 
 
 def watched(op: str, dtype: torch.dtype) -> list[tuple]:
-    """Every third small sample, and that with the longest rows: kernels have tiles for them."""
+    """Every third small sample, and those with the longest rows and with most keys a query: kernels
+    have tiles for the ones, and others decode."""
     samples = [s.args for s in OPS[op].samples(dtype, "cpu") if _size(s.args) <= LARGEST]
     longest = max(range(len(samples)), key=lambda i: longest_row(samples[i], dtype))
-    return [samples[i] for i in sorted({*range(0, len(samples), 3), longest})]
+    decoding = max(range(len(samples)), key=lambda i: keys_a_query(samples[i]))
+    return [samples[i] for i in sorted({*range(0, len(samples), 3), longest, decoding})]
 
 
 def longest_row(args: tuple, dtype: torch.dtype) -> int:
     rows = (a for a in args if isinstance(a, torch.Tensor) and a.dtype == dtype and a.dim() > 1)
     return max((a.shape[-1] for a in rows), default=0)
+
+
+def keys_a_query(args: tuple) -> float:
+    lengths = [a.shape[1] for a in args if isinstance(a, torch.Tensor) and a.dim() == 4]
+    return max(lengths) / min(lengths) if lengths and min(lengths) else 0
 
 
 def _size(args: tuple) -> int:

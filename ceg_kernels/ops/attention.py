@@ -144,10 +144,11 @@ def run_native(
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     shape = (q.shape[1], q.shape[0]) if cu_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape, dtype=wide)
+    problem = *map(launch.rows, (q, k, v)), cu_q, cu_k, max_q, max_k
     launch(
-        "attention_fwd", launch.rows(q), launch.rows(k), launch.rows(v), cu_q, cu_k, max_q, max_k,
-        native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype), out, lse, scale, causal,
-        left, right, softcap,
+        "attention_fwd", *problem, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype),
+        out, lse, *launch.scratch("attention_fwd", *problem, left), scale, causal, left, right,
+        softcap,
     )  # fmt: skip
     return out, lse
 

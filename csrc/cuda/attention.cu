@@ -4,6 +4,7 @@
 #include "../attention_inputs.h"
 #include "../check.h"
 #include "attention_sm90_launch.h"
+#include "attention_split.h"
 #include "launch.h"
 
 namespace ceg::cuda {
@@ -137,6 +138,21 @@ AttentionBwd backward_of(const AttentionInputs& in, const Tensor& dout) {
   return args;
 }
 
+bool is_decoding(const Attention& p) { return cuda::is_decoding(p.max_q, p.group()); }
+
+int64_t scratch_of(const AttentionFwd& args) {
+  return is_decoding(args.problem) ? attention_decode_scratch(args) : 0;
+}
+
+void check_scratch(const Tensor& t, int64_t floats, const Device& where) {
+  check_shape("scratch", t, {floats});
+  check_dtype("scratch", t, {DType::f32});
+  if (floats == 0) return;
+  check_output("scratch", t, where);
+  CEG_CHECK(reinterpret_cast<uintptr_t>(t.data) % 16 == 0,
+            "scratch must start at a multiple of 16 bytes, got ", t.data);
+}
+
 struct Named {
   const char* name;
   const TensorOfRows& rows;
@@ -157,6 +173,10 @@ std::string sm90_why_not(std::initializer_list<Named> mapped) {
 }  // namespace
 
 std::string attention_sm90_why_not(const AttentionFwd& args) {
+  if (is_decoding(args.problem)) {
+    return "needs more than " + std::to_string(kFewQueries) + " queries, got " +
+           std::to_string(args.problem.max_q) + ": attention_decode_kernel takes them";
+  }
   const MappedRows rows(args);
   return sm90_why_not({{"q", rows.q}, {"k", rows.k}, {"v", rows.v}});
 }
@@ -192,11 +212,22 @@ std::string attention_bwd_sm90_why_not(const Tensor& dout, const Tensor& q, cons
   return attention_sm90_why_not(backward_of(in, dout));
 }
 
+int64_t attention_fwd_scratch(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                              int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left) {
+  const Optional none;
+  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                              none, none, 1, false,        window_left,  -1,           0};
+  check(in);
+  const OnDevice guard(q.device);
+  return scratch_of(forward_of(in));
+}
+
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
                    const Optional& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                    const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
-                   const Tensor& lse, double softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, double softcap, uintptr_t stream) {
+                   const Tensor& lse, const Tensor& scratch, double softmax_scale, bool causal,
+                   int64_t window_left, int64_t window_right, double softcap, uintptr_t stream) {
   const AttentionInputs in = {q,
                               k,
                               v,
@@ -221,6 +252,11 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   AttentionFwd args = forward_of(in);
   args.out = view_of(out, in.varlen());
   args.lse = row_view_of(lse, in.varlen());
+  if (is_decoding(args.problem)) {
+    check_scratch(scratch, scratch_of(args), q.device);
+    attention_decode(args, scratch.ptr<float>(), q.dtype, stream);
+    return;
+  }
   const bool on_sm90 = attention_sm90_why_not(args).empty();
   (on_sm90 ? attention_sm90_fwd : attention_sm80_fwd)(args, q.dtype, stream);
 }

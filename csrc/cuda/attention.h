@@ -66,6 +66,10 @@ std::string attention_sm90_why_not(const AttentionBwd& args);
 void attention_sm90_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 void attention_sm90_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
 void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream);
+// For the few queries of decoding, on every GPU (attention_decode.cu; the rule is is_decoding() of
+// attention_split.h). scratch: as many floats as the other says, for the current device.
+void attention_decode(const AttentionFwd& args, float* scratch, DType dtype, uintptr_t stream);
+int64_t attention_decode_scratch(const AttentionFwd& args);
 // Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
@@ -79,10 +83,16 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                    const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
                    int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
                    const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                   double softcap, uintptr_t stream);
+                   const Tensor& scratch, double softmax_scale, bool causal, int64_t window_left,
+                   int64_t window_right, double softcap, uintptr_t stream);
 
-// Why the forward of these runs the kernel for sm_80 on their GPU and not that for sm_90, or "".
+// How many floats `scratch` has.
+int64_t attention_fwd_scratch(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const std::optional<Tensor>& cu_seqlens_q,
+                              const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                              int64_t max_seqlen_k, int64_t window_left);
+
+// Why the forward of these does not run the kernel for sm_90 on their GPU, or "".
 std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const std::optional<Tensor>& cu_seqlens_q,
                                        const std::optional<Tensor>& cu_seqlens_k,

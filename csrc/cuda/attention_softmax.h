@@ -6,6 +6,26 @@
 
 namespace ceg::cuda {
 
+// A row's factor for acc and its natural log-sum-exp, which the sink joins as one more logit. `top`
+// as OnlineSoftmax<kFused> keeps it.
+template <bool kFused>
+__device__ __forceinline__ void finish_row(float top, float sum, const Attention& p,
+                                           const float* sink, float& factor, float& lse) {
+  const bool blind = sum == 0;
+  // Two terms for the way back to base e: one would lose half a digit of a large maximum.
+  const ToNatural to_natural = kFused ? p.of_log2 : p.of_score;
+  const float rest = fmaf(top, to_natural.low, kLn2 * log2f(sum));
+  lse = blind ? -kInf : fmaf(top, to_natural.high, rest);
+  factor = 1 / (blind ? 1 : sum);
+  if (sink) {
+    const float now = fmaxf(lse, *sink), base = now == -kInf ? 0 : now;
+    const float own = exp2_fast((lse - base) * kLog2e);
+    const float all = own + exp2_fast((*sink - base) * kLog2e);
+    lse = all == 0 ? -kInf : fmaf(kLn2, log2f(all), base);
+    factor *= own / (all == 0 ? 1 : all);
+  }
+}
+
 // Online softmax of a warp's rows. kFused: one fma turns a score into its exponent, from a maximum
 // that is kept times to_log2 and rounded. Where logits are in the thousands that leaves exp(0) off
 // by 3e-4: too little for bf16 to see, one in the last place of fp16.
@@ -68,25 +88,17 @@ struct OnlineSoftmax {
     }
   }
 
-  // The row's factor for acc and its natural log-sum-exp, which the sink joins as one more logit.
-  __device__ __forceinline__ void finish(int m, int h, const Attention& p, const float* sink,
-                                         float& factor, float& lse) {
+  // Of a row of this quad of lanes.
+  __device__ __forceinline__ float total_of_quad(int m, int h) const {
     float sum = total[m][h];
     sum += __shfl_xor_sync(kFullWarp, sum, 1);
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
-    const bool blind = sum == 0;
-    // Two terms for the way back to base e: one would lose half a digit of a large maximum.
-    const ToNatural to_natural = kFused ? p.of_log2 : p.of_score;
-    const float rest = fmaf(top[m][h], to_natural.low, kLn2 * log2f(sum));
-    lse = blind ? -kInf : fmaf(top[m][h], to_natural.high, rest);
-    factor = 1 / (blind ? 1 : sum);
-    if (sink) {
-      const float now = fmaxf(lse, *sink), base = now == -kInf ? 0 : now;
-      const float own = exp2_fast((lse - base) * kLog2e);
-      const float all = own + exp2_fast((*sink - base) * kLog2e);
-      lse = all == 0 ? -kInf : fmaf(kLn2, log2f(all), base);
-      factor *= own / (all == 0 ? 1 : all);
-    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void finish(int m, int h, const Attention& p, const float* sink,
+                                         float& factor, float& lse) {
+    finish_row<kFused>(top[m][h], total_of_quad(m, h), p, sink, factor, lse);
   }
 };
 

@@ -32,6 +32,7 @@ KernelAttributes attributes_of(const Kernel& kernel) {
 std::vector<KernelAttributes> kernel_attributes() {
   Kernels kernels;
   list_attention_bwd_rows(kernels);
+  list_attention_decode(kernels);
   list_attention_dkdv(kernels);
   list_attention_dq(kernels);
   list_attention_fwd(kernels);

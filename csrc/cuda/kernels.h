@@ -24,6 +24,7 @@ void add(Kernels& kernels, const char* kernel, const std::string& type, int vect
 
 // Each adds those of its op.
 void list_attention_bwd_rows(Kernels& kernels);
+void list_attention_decode(Kernels& kernels);
 void list_attention_dkdv(Kernels& kernels);
 void list_attention_dq(Kernels& kernels);
 void list_attention_fwd(Kernels& kernels);

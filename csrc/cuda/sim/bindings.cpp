@@ -2,6 +2,7 @@
 // the simulator on arrays of the CPU.
 #include "../bindings.h"
 
+#include "../attention_split.h"
 #include "../wgmma.h"
 #include "block.h"
 #include "layouts.h"
@@ -51,5 +52,12 @@ PYBIND11_MODULE(_sim, m) {
   m.def("section_of", ceg::cuda::section_of, arg("heads"), arg("bytes"));
   m.def("places", ceg::sim::places, arg("tiles"), arg("heads"), arg("section"),
         arg("last_tile_first"));
+  m.def("is_decoding", ceg::cuda::is_decoding, arg("max_q"), arg("group"));
+  m.def("most_seen", ceg::cuda::most_seen, arg("max_q"), arg("max_k"), arg("left"));
+  m.def("split_of", ceg::sim::split_of, arg("rows"), arg("heads"), arg("keys"),
+        arg("multiprocessors"));
+  m.def("split_places", ceg::sim::split_places, arg("tiles"), arg("chunks"), arg("heads"));
+  m.def("split_keys", ceg::sim::split_keys, arg("chunks"), arg("keys"), arg("first_seen"),
+        arg("n_k"));
   ceg::cuda::bind_launchers(m);
 }

@@ -1,7 +1,7 @@
 // The index arithmetic of the kernels as functions that tests can call for every argument.
 #include "layouts.h"
 
-#include "../attention_range.h"
+#include "../attention_split.h"
 #include "../mbarrier.h"
 #include "../mma.h"
 #include "../swizzle.h"
@@ -78,6 +78,31 @@ std::tuple<int, int, int, int> partners(int first, int last, int offset, int bef
                                         int count) {
   const cuda::Partners p = cuda::partners<16>(first, last, offset, before, after, count);
   return {p.start, p.whole, p.rest, p.stop};
+}
+
+std::tuple<int, int, int> split_of(int rows, int heads, int keys, int multiprocessors) {
+  const cuda::Split split = cuda::split_of(rows, heads, keys, multiprocessors);
+  return {split.tiles, split.chunks, split.keys};
+}
+
+std::vector<std::tuple<int, int, int>> split_places(int tiles, int chunks, int heads) {
+  const cuda::Split split = {tiles, chunks, 0};
+  std::vector<std::tuple<int, int, int>> all;
+  for (int block = 0; block < split.blocks(heads); ++block) {
+    const cuda::Split::Place place = split.place(block);
+    all.emplace_back(place.tile, place.chunk, place.head);
+  }
+  return all;
+}
+
+std::vector<std::tuple<int, int>> split_keys(int chunks, int keys, int first_seen, int n_k) {
+  const cuda::Split split = {1, chunks, keys};
+  std::vector<std::tuple<int, int>> all;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const cuda::Split::Keys range = split.keys_of(chunk, first_seen, n_k);
+    all.emplace_back(range.start, range.stop);
+  }
+  return all;
 }
 
 std::vector<std::tuple<int, unsigned>> ring(int stages, int steps) {

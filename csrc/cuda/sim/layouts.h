@@ -19,6 +19,11 @@ int operand_address(int rows, int columns, int start, bool dense_in_k, int step,
 // start, whole, rest, stop for blocks of 16.
 std::tuple<int, int, int, int> partners(int first, int last, int offset, int before, int after,
                                         int count);
+// (tiles, chunks, keys a chunk).
+std::tuple<int, int, int> split_of(int rows, int heads, int keys, int multiprocessors);
+// (tile, chunk, head) of each block of threads; (start, stop) of each chunk.
+std::vector<std::tuple<int, int, int>> split_places(int tiles, int chunks, int heads);
+std::vector<std::tuple<int, int>> split_keys(int chunks, int keys, int first_seen, int n_k);
 // (stage, parity) of a ring before each of `steps` steps.
 std::vector<std::tuple<int, unsigned>> ring(int stages, int steps);
 // (tile, head) of each block of threads.
