@@ -136,8 +136,8 @@ class Cpu:
         """`t` itself where the attention kernels can read its rows as they lie, else a copy."""
         return unit_stride(t)
 
-    def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
-        """What the launcher `name` takes beyond its outputs for partial sums over t."""
+    def workspace(self, name: str, columns: int, dtype: torch.dtype, *of: Any) -> tuple:
+        """What the launcher `name` takes beyond its outputs for partial sums."""
         return ()
 
     def beside(self, t: torch.Tensor) -> tuple:
@@ -169,9 +169,9 @@ class Cuda:
         pieces = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
         return t if t.stride(-1) == 1 and pieces and t.data_ptr() % 16 == 0 else dense(t)
 
-    def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
-        rows = getattr(self._launchers(), f"{name}_rows")(t)
-        return (t.new_empty(rows, columns, dtype=dtype),)
+    def workspace(self, name: str, columns: int, dtype: torch.dtype, *of: Any) -> tuple:
+        rows = getattr(self._launchers(), f"{name}_rows")(*of)
+        return (of[0].new_empty(rows, columns, dtype=dtype),)
 
     def beside(self, t: torch.Tensor) -> tuple:
         return (t.new_empty(t.shape),)

@@ -5,6 +5,7 @@
 #include "../check.h"
 #include "attention_sm90_launch.h"
 #include "launch.h"
+#include "vector.h"
 
 namespace ceg::cuda {
 namespace {
@@ -154,6 +155,21 @@ std::string sm90_why_not(std::initializer_list<Named> mapped) {
   return "";
 }
 
+// ask(args) of a backward, on its GPU.
+template <class Ask>
+auto of_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                 int64_t max_seqlen_k, Ask ask) {
+  const Optional none;
+  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                              none, none, 1, false,        -1,           -1,           0};
+  check(in);
+  in.check_out_like("dout", dout);
+  check_aligned("dout", dout);
+  const OnDevice guard(q.device);
+  return ask(backward_of(in, dout));
+}
+
 }  // namespace
 
 std::string attention_sm90_why_not(const AttentionFwd& args) {
@@ -182,14 +198,23 @@ std::string attention_bwd_sm90_why_not(const Tensor& dout, const Tensor& q, cons
                                        const Tensor& v, const Optional& cu_seqlens_q,
                                        const Optional& cu_seqlens_k, int64_t max_seqlen_q,
                                        int64_t max_seqlen_k) {
-  const Optional none;
-  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                              none, none, 1, false,        -1,           -1,           0};
-  check(in);
-  in.check_out_like("dout", dout);
-  check_aligned("dout", dout);
-  const OnDevice guard(q.device);
-  return attention_sm90_why_not(backward_of(in, dout));
+  return of_backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                     [](const AttentionBwd& args) { return attention_sm90_why_not(args); });
+}
+
+std::string attention_bwd_one_pass_why_not(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                           const Tensor& v, const Optional& cu_seqlens_q,
+                                           const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                                           int64_t max_seqlen_k) {
+  return of_backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                     attention_sm90_one_pass_why_not);
+}
+
+int64_t attention_bwd_rows(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                           int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  return of_backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                     attention_sm90_bwd_rows);
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
@@ -230,8 +255,8 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
                    const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
                    int64_t max_seqlen_k, const Optional& alibi_slopes, const Optional& sink,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv, const Optional& dsink,
-                   const Tensor& delta, double softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, double softcap, uintptr_t stream) {
+                   const Tensor& delta, const Tensor& sums, double softmax_scale, bool causal,
+                   int64_t window_left, int64_t window_right, double softcap, uintptr_t stream) {
   const AttentionInputs in = {q,
                               k,
                               v,
@@ -259,6 +284,8 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
        {std::pair{"dout", &dout}, {"out", &out}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv}}) {
     check_aligned(name, *t);
   }
+  check_dtype("sums", sums, {DType::f32});
+  check_output("sums", sums, q.device);
   if (dsink) {
     CEG_CHECK(sink.has_value(), "dsink must be None without a sink, got a tensor");
     in.check_gradient("dsink", *dsink, "sink", *sink);
@@ -276,11 +303,21 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
   args.lse = row_view_of(lse, varlen);
   args.delta = row_view_of(delta, varlen);
   if (dlse) args.dlse = row_view_of(*dlse, varlen);
+  const bool one_pass = sums.numel() > 0;
+  if (one_pass) {
+    check_shape("sums", sums, {attention_sm90_bwd_rows(args), 64});
+    CEG_CHECK(vectorizable(sums) && sums.stride[0] == 64,
+              "sums must be dense from a multiple of 16 "
+              "bytes on, got stride ",
+              sums.stride[0], " at ", sums.data);
+    args.sums = sums.ptr<float>();
+  }
   attention_delta(args, q.dtype, stream);
   if (dsink) {
     args.dsink = dsink->ptr<float>();
     attention_dsink(args, stream);
   }
+  if (one_pass) return attention_sm90_bwd(args, q.dtype, stream);
   const bool on_sm90 = attention_sm90_why_not(args).empty();
   (on_sm90 ? attention_sm90_dkdv : attention_sm80_dkdv)(args, q.dtype, stream);
   (on_sm90 ? attention_sm90_dq : attention_sm80_dq)(args, q.dtype, stream);

@@ -27,6 +27,7 @@ void list_attention_bwd_rows(Kernels& kernels);
 void list_attention_dkdv(Kernels& kernels);
 void list_attention_dq(Kernels& kernels);
 void list_attention_fwd(Kernels& kernels);
+void list_attention_sm90_bwd(Kernels& kernels);
 void list_attention_sm90_dkdv(Kernels& kernels);
 void list_attention_sm90_dq(Kernels& kernels);
 void list_attention_sm90_fwd(Kernels& kernels);
