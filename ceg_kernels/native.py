@@ -136,16 +136,12 @@ class Cpu:
         """`t` itself where the attention kernels can read its rows as they lie, else a copy."""
         return unit_stride(t)
 
-    def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
-        """What the launcher `name` takes beyond its outputs for partial sums over t."""
+    def workspace(self, name: str, columns: int, dtype: torch.dtype, *of: Any) -> tuple:
+        """What the launcher `name` takes beyond its outputs for partial sums."""
         return ()
 
     def beside(self, t: torch.Tensor) -> tuple:
         """Scratch in the shape of t for a launcher that does not allocate its own."""
-        return ()
-
-    def scratch(self, name: str, t: torch.Tensor, *args: Any) -> tuple:
-        """Floats on t's device, as many as the launcher `name` says it needs for t and args."""
         return ()
 
 
@@ -173,16 +169,12 @@ class Cuda:
         pieces = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
         return t if t.stride(-1) == 1 and pieces and t.data_ptr() % 16 == 0 else dense(t)
 
-    def workspace(self, name: str, t: torch.Tensor, columns: int, dtype: torch.dtype) -> tuple:
-        rows = getattr(self._launchers(), f"{name}_rows")(t)
-        return (t.new_empty(rows, columns, dtype=dtype),)
+    def workspace(self, name: str, columns: int, dtype: torch.dtype, *of: Any) -> tuple:
+        rows = getattr(self._launchers(), f"{name}_rows")(*of)
+        return (of[0].new_empty(rows, columns, dtype=dtype),)
 
     def beside(self, t: torch.Tensor) -> tuple:
         return (t.new_empty(t.shape),)
-
-    def scratch(self, name: str, t: torch.Tensor, *args: Any) -> tuple:
-        floats = getattr(self._launchers(), f"{name}_scratch")(t, *args)
-        return (t.new_empty(floats, dtype=torch.float32),)
 
     def _launchers(self) -> Any:
         return _C.cuda if self.module is None else self.module

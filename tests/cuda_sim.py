@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from ceg_kernels import OPS, native
 from ceg_kernels.op import Backend
@@ -56,6 +57,14 @@ def backend(module: ModuleType, op: str) -> Backend:
     return dataclasses.replace(
         real, run=run, why_not=lambda *args: None, unproven=lambda *args: None
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPasses(native.Cuda):
+    """Has no memory for the sums of dq, as where the backward in one pass needs too much."""
+
+    def workspace(self, name: str, columns: int, dtype: torch.dtype, *of: Any) -> tuple:
+        return (of[0].new_empty(0, columns, dtype=dtype),)
 
 
 @functools.cache

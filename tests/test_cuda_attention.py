@@ -168,7 +168,7 @@ def test_what_the_backend_refuses(monkeypatch, text):
 def launch(module, change):
     q = torch.zeros(1, 4, 2, 16, dtype=torch.bfloat16)
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-             "alibi_slopes", "sink", "out", "lse", "scratch", "softmax_scale")  # fmt: skip
+             "alibi_slopes", "sink", "out", "lse", "parts", "softmax_scale")  # fmt: skip
     lse, none = torch.zeros(1, 2, 4), torch.zeros(0)
     given = (q, q, q, None, None, 4, 4, None, None, q.clone(), lse, none, 1.0)
     module.attention_fwd(**{**dict(zip(names, given, strict=True)), **change})

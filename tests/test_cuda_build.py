@@ -192,27 +192,32 @@ def test_decoding_waits_for_its_oldest_copies_alone():
 
 def test_attention_for_hopper_multiplies_by_warpgroups_what_the_copy_engine_brings():
     """wgmma, TMA, setmaxnreg; a wait that leaves a group of products running, or one wait for many
-    products, is what the compiler did not make serial."""
+    products, is what the compiler did not make serial. dQ in one pass has both operands transposed,
+    and sums that move in vectors."""
     if "sm_90a" not in archs():
         pytest.skip("built without sm_90a")
-    names = r"attention_sm90_(fwd|bwd_dkdv|bwd_dq)_kernel"
+    names = r"attention_sm90_(fwd|bwd|bwd_dkdv|bwd_dq)_kernel"
     ours = [u for u in shipped() if re.search(names, u.symbol) and u.arch == "sm_90a"]
-    assert len(ours) == 36  # three kernels, two types, three head_dims, plain logits or any
+    # Two types, plain logits or any: three kernels of three head_dims, one of two.
+    assert len(ours) == 2 * 2 * (3 * 3 + 2)
     assert all(u.registers == 65536 // 384 // 8 * 8 for u in ours)
     bodies = machine_code(str(native._C.__file__), "sm_90a", {u.symbol for u in ours})
     for symbol, body in bodies.items():
-        forward, of_keys = "_fwd_" in symbol, "_dkdv_" in symbol
+        forward, of_keys, one_pass = ("_fwd_" in symbol, "_dkdv_" in symbol, "_bwd_k" in symbol)
         head_dim = int(re.search(r"Li(\d+)E", symbol)[1])
-        dots = 64 if of_keys or head_dim > 128 else 128
+        dots = 64 if of_keys or one_pass or head_dim > 128 else 128
         wanted = [f"HGMMA.64x{n}x16.F32" for n in (dots, head_dim)]
         wanted += ["UTMALDG.4D", "USETMAXREG.TRY_ALLOC", "SYNCS.PHASECHK"]
+        if one_pass:
+            wanted += ["tnspA.tnspB", "LDG.E.128", "STG.E.128", "SHFL.BFLY"]
         if forward:
             wanted += ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
         for instruction in wanted:
             assert instruction in body, f"{symbol} has no {instruction}"
-        # A wait for each of the loop's two groups, and for the one behind the loop over keys.
+        # A wait for each of the loop's groups, and for the one behind the loop.
         if not forward:
-            assert body.count("WARPGROUP.DEPBAR") == (2 if of_keys else 3), f"{symbol} is serial"
+            waits = 2 if of_keys else 4 if one_pass else 3
+            assert body.count("WARPGROUP.DEPBAR") == waits, f"{symbol} is serial"
         assert " HMMA." not in body, f"{symbol} multiplies by warps"
 
 

@@ -13,7 +13,7 @@ import torch
 from numerics import as_tuple, compare
 from test_cuda_attention import DTYPES, bits, fits, launch, normal, tail, zeros
 
-from ceg_kernels import OPS, native
+from ceg_kernels import OPS
 
 pytestmark = cuda_sim.needed
 ONE = ["attention_decode_kernel"]
@@ -229,30 +229,28 @@ def test_the_rule_is_the_same_on_every_gpu(sim, module, capability):
         assert (why == ours) == (tq == FEW)
 
 
-def test_scratch_is_asked_for_and_checked(module):
+def test_the_workspace_is_asked_for_and_checked(module):
     q, k = zeros(1, 1, 8, 64), zeros(1, 600, 2, 64)
     problem = (q, k, k, None, None, 1, 600)
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     module.set_device(multiprocessors=40)
-    floats = 3 * 8 * (64 + 2)
-    assert module.attention_fwd_scratch(*problem) == floats
-    assert module.attention_fwd_scratch(*problem, window_left=100) == 0  # one chunk
-    assert module.attention_fwd_scratch(zeros(1, 17, 8, 64), k, k, None, None, 17, 600) == 0
+    rows, columns = 3 * 8, 64 + 2
+    assert module.attention_fwd_rows(*problem) == rows
+    assert module.attention_fwd_rows(*problem, window_left=100) == 0  # one chunk
+    assert module.attention_fwd_rows(zeros(1, 17, 8, 64), k, k, None, None, 17, 600) == 0
     given = {**dict(zip(names, problem, strict=True)), "out": zeros(1, 1, 8, 64),
              "lse": torch.zeros(1, 8, 1)}  # fmt: skip
-    launch(module, {**given, "scratch": torch.zeros(floats)})
+    launch(module, {**given, "parts": torch.zeros(rows, columns)})
     refused = {
-        rf"scratch must have shape \({floats},\), got \(7,\)": torch.zeros(7),
-        "scratch must be float32, got float64": torch.zeros(floats, dtype=torch.float64),
-        "scratch must start at a multiple of 16 bytes": torch.zeros(floats + 1)[1:],
+        rf"parts must have shape \({rows}, {columns}\), got \(7, 1\)": torch.zeros(7, 1),
+        "parts must be float32, got float64": torch.zeros(rows, columns, dtype=torch.float64),
+        "parts must be dense from a multiple of 16 bytes": torch.zeros(rows * columns + 1)[1:].view(
+            rows, columns
+        ),
     }
-    for text, scratch in refused.items():
+    for text, parts in refused.items():
         with pytest.raises(ValueError, match=text):
-            launch(module, {**given, "scratch": scratch})
-
-
-def test_the_cpu_takes_no_scratch():
-    assert native.Cpu().scratch("attention_fwd", zeros(1)) == ()
+            launch(module, {**given, "parts": parts})
 
 
 def test_address_sanitizer_is_silent():

@@ -6,6 +6,9 @@ whether the hardware reads descriptors as the manual says.
 """
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import cuda_sim
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from numerics import as_tuple, compare
 from test_cuda_attention import BOTH, DTYPES, FLAGS, bits, fits, normal, tail
 
-from ceg_kernels import OPS
+from ceg_kernels import OPS, native
 
 pytestmark = cuda_sim.needed
 SM80 = {
@@ -23,9 +26,21 @@ SM80 = {
 }
 DECODE = ["attention_decode_kernel"]
 SM90 = {
-    op: [name.replace("attention_", "attention_sm90_") for name in names]
-    for op, names in SM80.items()
+    "attention": ["attention_sm90_fwd_kernel"],
+    "attention_backward": ["attention_sm90_bwd_kernel", "attention_sm90_bwd_sum_kernel"],
+    "two passes": ["attention_sm90_bwd_dkdv_kernel", "attention_sm90_bwd_dq_kernel"],
 }
+
+
+@pytest.fixture
+def backward(module):
+    """The backward in one pass, or two, with tensors on the CPU."""
+
+    def run(*args, passes=1):
+        launch = (native.Cuda if passes == 1 else cuda_sim.TwoPasses)(module)
+        return as_tuple(OPS["attention_backward"].backend("cuda").run.func(*args, launch=launch))
+
+    return run
 
 
 @pytest.fixture
@@ -45,17 +60,23 @@ def launched(module):
     return [k for k in module.launched() if not k.endswith(("_delta_kernel", "_dsink_kernel"))]
 
 
-def expected_kernels(op, sample):
-    k = sample.args[1 if op == "attention" else 3]
+def expected_kernels(op, passes, sample):
     if op == "attention" and sample.args[5] <= 16:
         return DECODE
-    return (SM80 if k.numel() == 0 else SM90)[op]
+    q, k, v = sample.args[:3] if op == "attention" else sample.args[2:5]
+    if k.numel() == 0:
+        return SM80[op]
+    narrow = max(q.shape[-1], v.shape[-1]) <= 128
+    return SM90[op if op == "attention" or (passes == 1 and narrow) else "two passes"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", BOTH)
-def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, hopper, op, dtype):
-    run, ran = sim(op).run, []
+@pytest.mark.parametrize(("op", "passes"), [(BOTH[0], 1), (BOTH[1], 1), (BOTH[1], 2)])
+def test_accuracy_and_the_same_bits_in_any_order_of_threads(
+    sim, module, hopper, backward, op, passes, dtype
+):
+    run = sim(op).run if op == "attention" else partial(backward, passes=passes)
+    ran = []
     for sample in filter(fits, OPS[op].samples(dtype, "cpu")):
         dense = all(not isinstance(a, torch.Tensor) or a.dtype != torch.int32 for a in sample.args)
         many = dense and sample.args[0].shape[0] >= 16  # blocks of one kind: slow, nothing new
@@ -65,7 +86,7 @@ def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, hopper,
         outs = as_tuple(run(*sample.args))
         kernels = launched(module)
         if sample.args[0].numel():
-            assert kernels[-1:] == expected_kernels(op, sample)[-1:], sample.name
+            assert kernels[-1:] == expected_kernels(op, passes, sample)[-1:], sample.name
             ran += kernels
         worst = compare(OPS[op], outs, sample.args)
         assert worst <= 1, f"{sample.name}: error is {worst:.2f} times what the rule allows"
@@ -74,13 +95,13 @@ def test_accuracy_and_the_same_bits_in_any_order_of_threads(sim, module, hopper,
         hopper(order="reverse")
         for a, b in zip(outs, as_tuple(run(*sample.args)), strict=True):
             assert torch.equal(bits(a), bits(b)), f"{sample.name}: depends on the order of threads"
-    for kernel in SM90[op]:
+    for kernel in SM90["two passes" if passes == 2 else op]:
         assert ran.count(kernel) > 25
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("d", [64, 128])
-def test_many_tiles_on_few_and_on_many_multiprocessors(sim, module, hopper, d, flags):
+def test_many_tiles_on_few_and_on_many_multiprocessors(sim, module, hopper, backward, d, flags):
     tq, tk = 300, 470
     q, dout = normal(1, tq, 2, d), normal(1, tq, 2, d, seed=1)
     k, v = normal(1, tk, 1, d, seed=2), normal(1, tk, 1, d, seed=3)
@@ -89,16 +110,114 @@ def test_many_tiles_on_few_and_on_many_multiprocessors(sim, module, hopper, d, f
     def run(**options):
         hopper(**options)
         forward = sim("attention").run(*args)
-        backward = (dout, None, q, k, v, *forward, *args[3:])
-        return args, forward, backward, as_tuple(sim("attention_backward").run(*backward))
+        saved = (dout, None, q, k, v, *forward, *args[3:])
+        return args, forward, saved, backward(*saved, passes=2)
 
     alone = run(multiprocessors=40, order="shuffled")
     again = run(multiprocessors=1)
-    assert launched(module) == SM90["attention"] + SM90["attention_backward"]
+    assert launched(module) == SM90["attention"] + SM90["two passes"]
     for i, op in ((1, "attention"), (3, "attention_backward")):
         for a, b in zip(again[i], alone[i], strict=True):
             assert torch.equal(bits(a), bits(b))
         assert compare(OPS[op], alone[i], alone[i - 1]) <= 1
+
+
+# Of tiles of 128 keys, four: a split has all of them, or two, with queries between both that see
+# neither, or one.
+ONE_PASS_FLAGS = {**FLAGS, "full": {}, "narrow": {"window": (20, 10)}}
+
+
+@pytest.mark.parametrize("flags", ONE_PASS_FLAGS)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (40, 72)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_pass_sums_dq_over_any_splits(module, sim, hopper, backward, d, dv, packed, flags):
+    """Which follow from shape and multiprocessors, and with them the last bits of dq."""
+    q, dout = normal(300, 2, d), normal(300, 2, dv, seed=1)
+    k, v = normal(470, 1, d, seed=2), normal(470, 1, dv, seed=3)
+    rest = tail(300, 470, scale=d**-0.5, **ONE_PASS_FLAGS[flags])
+    if packed:  # also a sequence without queries, one without keys, one with one key in its tile
+        cu = ([0, 1, 1, 60, 61, 300], [0, 70, 75, 75, 204, 470])
+        rest = (*(torch.tensor(c, dtype=torch.int32) for c in cu), 240, 266, *rest[4:])
+        args = (q, k, v, *rest)
+    else:
+        q, dout, k, v = (t[None] for t in (q, dout, k, v))
+        args = (q, k, v, *rest)
+    tiles, width = 9 if packed else 5, 64 if dv == 64 else 128
+    choices = ((1, 1), (10, 2), (40, 3)) if packed else ((1, 1), (2, 2), (40, 4))
+    hopper()
+    saved = (dout, None, q, k, v, *sim("attention").run(*args), *rest)
+    found = []
+    for (multiprocessors, splits), order in zip(
+        choices, ("reverse", "shuffled", "reverse"), strict=True
+    ):
+        hopper(multiprocessors=multiprocessors)
+        shape = (dout, q, k, v, *rest[:4])
+        assert module.attention_bwd_rows(*shape) == splits * tiles * 2 * width
+        outs = backward(*saved)
+        assert launched(module) == SM90["attention_backward"]
+        assert compare(OPS["attention_backward"], outs, saved) <= 1
+        hopper(multiprocessors=multiprocessors, order=order)
+        for a, b in zip(outs, backward(*saved), strict=True):
+            assert torch.equal(bits(a), bits(b))
+        found.append(outs[1:])
+    for other in found[1:]:
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(other, found[0], strict=True))
+
+
+def test_keys_past_the_end_have_no_weight(sim, hopper, backward):
+    """Their logit is 0, beside rows with a log-sum-exp of -200, and exp(200) is infinite."""
+    q, k = torch.full((1, 150, 1, 64), 5.0), torch.full((1, 150, 1, 64), -5.0)
+    q, k = (t.to(torch.bfloat16) for t in (q, k))
+    v, dout = normal(1, 150, 1, 64), normal(1, 150, 1, 64, seed=1)
+    args = (q, k, v, *tail(150, 150, scale=0.125))
+    hopper()
+    saved = (dout, None, q, k, v, *sim("attention").run(*args), *args[3:])
+    assert saved[6].max() < -190
+    for passes in (1, 2):
+        assert compare(OPS["attention_backward"], backward(*saved, passes=passes), saved) <= 1
+
+
+def test_one_pass_or_two(module, hopper):
+    def asked(*shape, dv=None, **device):
+        hopper(**device)
+        q, v = (
+            torch.empty(*shape[:3], d, dtype=torch.bfloat16) for d in (shape[3], dv or shape[3])
+        )
+        args = (v, q, q, v, None, None, shape[1], shape[1])
+        why = module.attention_bwd_one_pass_why_not(*args)
+        assert (module.attention_bwd_rows(*args) == 0) == bool(why)
+        return why
+
+    assert asked(1, 300, 2, 128) == ""
+    assert asked(1, 300, 2, 64, capability=80) == "needs sm_90, got sm_80"
+    assert asked(1, 300, 2, 64, dv=192) == "needs head_dim <= 128, got 192"
+    assert asked(1, 2**16, 2, 64, multiprocessors=32) == ""
+    why = asked(1, 2**16, 2, 64, multiprocessors=64)
+    assert why == "needs at most 512 MiB for the sums of dq, got 1024"
+
+
+def test_the_sums_of_dq_have_the_shape_that_was_asked_for(module, hopper):
+    @dataclass(frozen=True)
+    class Wrong(native.Cuda):
+        change: Callable = lambda sums: sums
+
+        def workspace(self, name, columns, dtype, *of):
+            (sums,) = super().workspace(name, columns, dtype, *of)
+            return (self.change(sums),)
+
+    q, lse = normal(1, 20, 2, 64), torch.zeros(1, 2, 20)
+    args = (q, None, q, q, q, q, lse, *tail(20, 20))
+    run = OPS["attention_backward"].backend("cuda").run.func
+    for text, change in (
+        (r"sums must have shape \(128, 64\), got \(127, 64\)", lambda t: t[1:]),
+        ("sums must be float32, got float16", lambda t: t.half()),
+        (
+            "sums must be dense from a multiple of 16 bytes on",
+            lambda t: torch.cat((t, t), 1)[:, 64:],
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            run(*args, launch=Wrong(module, change))
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -126,22 +245,22 @@ def test_many_tiles_of_wide_heads(sim, module, hopper, d, dv, dtype, flags):
         gradients = as_tuple(sim("attention_backward").run(*backward))
         hopper(multiprocessors=1)
         again = sim("attention").run(*args), as_tuple(sim("attention_backward").run(*backward))
-        assert launched(module) == SM90["attention"] + SM90["attention_backward"]
+        assert launched(module) == SM90["attention"] + SM90["two passes"]
         for a, b in zip(sum(again, ()), (*alone, *gradients), strict=True):
             assert torch.equal(bits(a), bits(b))
         assert compare(OPS["attention"], alone, args) <= 1
         assert compare(OPS["attention_backward"], gradients, backward) <= 1
 
 
-@pytest.mark.parametrize("d", [72, 200])
-def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper, d):
+@pytest.mark.parametrize(("d", "passes"), [(72, 1), (72, 2), (200, 2)])
+def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper, backward, d, passes):
     """NaN beyond the last row, beyond head_dim, and in the other sequences of a packed batch."""
     room = torch.full((4, 300, 4, d + 8), torch.nan, dtype=torch.bfloat16)
     own = [room[i, :177, 1:3, :d] for i in range(4)]
     for i, t in enumerate(own):
         t.copy_(normal(177, 2, d, seed=i))
     rest = tail(177, 177, causal=True)
-    run, backward = sim("attention").run, sim("attention_backward").run
+    run, backward = sim("attention").run, partial(backward, passes=passes)
     q, k, v, dout = (t[None].clone() for t in own)
     expected = run(q, k, v, *rest)
     gradients = backward(dout, None, q, k, v, *expected, *rest)[:3]
@@ -166,7 +285,8 @@ def test_strangers_behind_a_tensor_or_a_sequence_are_not_read(sim, hopper, d):
         assert torch.equal(a[20:197], b[0])
 
 
-def test_nan_goes_where_it_is_seen_and_nowhere_else(sim, hopper):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_nan_goes_where_it_is_seen_and_nowhere_else(sim, hopper, backward, passes):
     q, k, v, dout = (normal(1, 200, 1, 64, seed=i) for i in range(4))
     q[:, 150] = torch.nan
     k[:, 190] = torch.nan
@@ -177,7 +297,7 @@ def test_nan_goes_where_it_is_seen_and_nowhere_else(sim, hopper):
     assert torch.equal(lse[0, 0].isnan(), wrong)
     assert torch.equal(out[0, :, 0].isnan().any(-1), wrong)
     # Of the backward, for whole blocks: a product with 0 is NaN.
-    dq, dk, dv, _ = sim("attention_backward").run(dout, None, q, k, v, out, lse, *args[3:])
+    dq, dk, dv, _ = backward(dout, None, q, k, v, out, lse, *args[3:], passes=passes)
     assert dq[0, :128].isfinite().all()
     assert dq[0, wrong].isnan().all()
     assert dk[0, 191:].isnan().all()  # of query 191, which sees key 190
@@ -225,8 +345,10 @@ def test_address_sanitizer_is_silent():
     )
     done = cuda_sim.run_under_asan(code)
     assert done.returncode == 0, done.stderr
-    forward, backward = (SM90[op][-1] for op in BOTH)
-    assert done.stdout.split() == [forward] * 5 + [backward] * 5
+    forward, one, two = (SM90[op][-1] for op in (*BOTH, "two passes"))
+    ran = done.stdout.split()
+    assert ran[:5] == [forward] * 5
+    assert sorted(ran[5:]) == sorted([one] * 4 + [two])
 
 
 # Index arithmetic.
@@ -257,6 +379,29 @@ def test_descriptors_find_each_item_of_a_tile(module, rows, columns, dense_in_k)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_a_ring_has_its_stages_in_turn_and_changes_parity_with_each_round(module, stages):
     assert module.ring(stages, 20) == [(i % stages, i // stages % 2) for i in range(20)]
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5, 16])
+def test_each_tile_of_keys_is_dealt_to_one_split(module, tiles):
+    for splits in range(1, tiles + 1):
+        dealt = []
+        for split in range(splits):
+            own = [module.dealt_tile(split, turn, splits) for turn in range(tiles)]
+            own = [tile for tile in own if tile < tiles]
+            assert own == sorted(own)
+            assert (own[0], own[-1]) == (split, module.last_dealt_tile(split, tiles, splits))
+            dealt += own
+        assert sorted(dealt) == list(range(tiles))
+
+
+def test_there_are_as_few_splits_as_keep_all_multiprocessors_busy(module):
+    for heads, tiles, processors in itertools.product((1, 8, 48, 300), (1, 8, 33), (1, 3, 132)):
+
+        def taken(splits, heads=heads, tiles=tiles, processors=processors):
+            return -(-heads * splits // processors) * -(-tiles // splits)
+
+        most = min(tiles, processors)
+        assert module.splits_of(heads, tiles, processors) == min(range(1, most + 1), key=taken)
 
 
 def test_descriptors_have_the_fields_of_the_manual(module):

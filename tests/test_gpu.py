@@ -5,6 +5,7 @@ both of our backends for it, forced, at the sizes of the benchmarks and in the w
 them. Without a GPU all of it is skipped; the simulator and the interpreter have their own files.
 """
 
+import cuda_sim
 import pytest
 import torch
 from numerics import as_tuple, compare, error_over_slack
@@ -83,6 +84,22 @@ def test_compiles_without_a_graph_break(op, backend):
     with use_backend({op: backend}):
         compiled = torch.compile(OPS[op].overload, fullgraph=True, backend="aot_eager")(*args)
         assert all(map(torch.equal, as_tuple(OPS[op](*args)), as_tuple(compiled)))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("op", "backend"), [("attention_backward", "cuda")])
+def test_two_passes_and_one_have_the_gradients_of_the_formula(op, backend, d):
+    """Where there is one: long sequences, of which each takes sums from several blocks of keys."""
+    make = arguments.maker(torch.bfloat16, DEVICE)
+    q, k, v, dout = make(2, 900, 4, d), make(2, 1100, 2, d), make(2, 1100, 2, d), make(2, 900, 4, d)
+    tail = None, None, 900, 1100, None, None, d**-0.5, True, 700, 0, 0.0
+    args = (dout, None, q, k, v, *OPS["attention"].backend(backend).run(q, k, v, *tail), *tail)
+    run = OPS[op].backend(backend).run.func
+    for launch in (native.Cuda(), cuda_sim.TwoPasses()):
+        first = as_tuple(run(*args, launch=launch))
+        assert compare(OPS[op], first, args) <= 1
+        for _ in range(10):
+            assert all(map(torch.equal, first, as_tuple(run(*args, launch=launch))))
 
 
 STRIDE = 2**31  # elements, so that an offset computed in 32 bits wraps around

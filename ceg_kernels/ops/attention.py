@@ -145,10 +145,10 @@ def run_native(
     shape = (q.shape[1], q.shape[0]) if cu_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(shape, dtype=wide)
     problem = *map(launch.rows, (q, k, v)), cu_q, cu_k, max_q, max_k
+    parts = launch.workspace("attention_fwd", v.shape[-1] + 2, torch.float32, *problem, left)
     launch(
         "attention_fwd", *problem, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype),
-        out, lse, *launch.scratch("attention_fwd", *problem, left), scale, causal, left, right,
-        softcap,
+        out, lse, *parts, scale, causal, left, right, softcap,
     )  # fmt: skip
     return out, lse
 
@@ -161,10 +161,12 @@ def run_native_backward(
     dsink = None if sink is None else lse.new_empty(sink.shape)
     dout, q, k, v, out = map(launch.rows, (dout, q, k, v, out))
     lse = native.dense(lse)
+    shape = dout, q, k, v, cu_q, cu_k, max_q, max_k
+    sums = launch.workspace("attention_bwd", 64, torch.float32, *shape)
     launch(
         "attention_bwd", dout, None if dlse is None else native.dense(dlse), q, k, v, out, lse,
         cu_q, cu_k, max_q, max_k, native.as_math(slopes, q.dtype), native.as_math(sink, q.dtype),
-        dq, dk, dv, dsink, *launch.beside(lse), scale, causal, left, right, softcap,
+        dq, dk, dv, dsink, *launch.beside(lse), *sums, scale, causal, left, right, softcap,
     )  # fmt: skip
     return dq, dk, dv, lse.new_zeros(0) if dsink is None else dsink
 

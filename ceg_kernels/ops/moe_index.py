@@ -80,7 +80,7 @@ def run_native(expert_ids, num_experts, capacity, *, launch):
     sources = expert_ids.new_empty(expert_ids.numel())
     offsets = expert_ids.new_empty(num_experts + 1)
     ids = native.dense(expert_ids)
-    counts = launch.workspace("moe_index", ids, num_experts, torch.int32)
+    counts = launch.workspace("moe_index", num_experts, torch.int32, ids)
     launch("moe_index", ids, slots, sources, offsets, *counts, capacity)
     return slots, sources, offsets
 

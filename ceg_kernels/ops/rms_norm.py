@@ -139,7 +139,7 @@ def run_native_backward(dy, dh, h, weight, rstd, weight_offset, *, launch):
     scale = launch.parameter(weight, h.dtype)
     dweight = None if scale is None else scale.new_empty(scale.shape)
     columns = 0 if dweight is None else h.shape[-1]
-    partials = launch.workspace("rms_norm_bwd", rows, columns, torch.float32)
+    partials = launch.workspace("rms_norm_bwd", columns, torch.float32, rows)
     launch(
         "rms_norm_bwd", arguments.as_rows(dy), None if dh is None else arguments.as_rows(dh), rows,
         scale, rstd.reshape(-1), dx, dweight, *partials, weight_offset,

@@ -140,17 +140,21 @@ AttentionBwd backward_of(const AttentionInputs& in, const Tensor& dout) {
 
 bool is_decoding(const Attention& p) { return cuda::is_decoding(p.max_q, p.group()); }
 
-int64_t scratch_of(const AttentionFwd& args) {
-  return is_decoding(args.problem) ? attention_decode_scratch(args) : 0;
+int64_t decode_rows(const AttentionFwd& args) {
+  return is_decoding(args.problem) ? attention_decode_rows(args) : 0;
 }
 
-void check_scratch(const Tensor& t, int64_t floats, const Device& where) {
-  check_shape("scratch", t, {floats});
-  check_dtype("scratch", t, {DType::f32});
-  if (floats == 0) return;
-  check_output("scratch", t, where);
-  CEG_CHECK(reinterpret_cast<uintptr_t>(t.data) % 16 == 0,
-            "scratch must start at a multiple of 16 bytes, got ", t.data);
+// Floats that a launcher asked for, a row after the other.
+float* workspace_of(const char* name, const Tensor& t, int64_t rows, int64_t columns,
+                    const Device& where) {
+  check_shape(name, t, {rows, columns});
+  check_dtype(name, t, {DType::f32});
+  if (rows == 0) return nullptr;
+  check_output(name, t, where);
+  CEG_CHECK(reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[0] == columns, name,
+            " must be dense from a multiple of 16 bytes on, got stride ", t.stride[0], " at ",
+            t.data);
+  return t.ptr<float>();
 }
 
 struct Named {
@@ -168,6 +172,21 @@ std::string sm90_why_not(std::initializer_list<Named> mapped) {
     if (std::string why = tensor_map_why_not(name, rows); !why.empty()) return why;
   }
   return "";
+}
+
+// ask(args) of a backward, on its GPU.
+template <class Ask>
+auto of_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                 int64_t max_seqlen_k, Ask ask) {
+  const Optional none;
+  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                              none, none, 1, false,        -1,           -1,           0};
+  check(in);
+  in.check_out_like("dout", dout);
+  check_aligned("dout", dout);
+  const OnDevice guard(q.device);
+  return ask(backward_of(in, dout));
 }
 
 }  // namespace
@@ -202,31 +221,40 @@ std::string attention_bwd_sm90_why_not(const Tensor& dout, const Tensor& q, cons
                                        const Tensor& v, const Optional& cu_seqlens_q,
                                        const Optional& cu_seqlens_k, int64_t max_seqlen_q,
                                        int64_t max_seqlen_k) {
-  const Optional none;
-  const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                              none, none, 1, false,        -1,           -1,           0};
-  check(in);
-  in.check_out_like("dout", dout);
-  check_aligned("dout", dout);
-  const OnDevice guard(q.device);
-  return attention_sm90_why_not(backward_of(in, dout));
+  return of_backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                     [](const AttentionBwd& args) { return attention_sm90_why_not(args); });
 }
 
-int64_t attention_fwd_scratch(const Tensor& q, const Tensor& k, const Tensor& v,
-                              const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                              int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left) {
+std::string attention_bwd_one_pass_why_not(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                           const Tensor& v, const Optional& cu_seqlens_q,
+                                           const Optional& cu_seqlens_k, int64_t max_seqlen_q,
+                                           int64_t max_seqlen_k) {
+  return of_backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                     attention_sm90_one_pass_why_not);
+}
+
+int64_t attention_bwd_rows(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                           int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  return of_backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                     attention_sm90_bwd_rows);
+}
+
+int64_t attention_fwd_rows(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                           int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left) {
   const Optional none;
   const AttentionInputs in = {q,    k,    v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                               none, none, 1, false,        window_left,  -1,           0};
   check(in);
   const OnDevice guard(q.device);
-  return scratch_of(forward_of(in));
+  return decode_rows(forward_of(in));
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& cu_seqlens_q,
                    const Optional& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
                    const Optional& alibi_slopes, const Optional& sink, const Tensor& out,
-                   const Tensor& lse, const Tensor& scratch, double softmax_scale, bool causal,
+                   const Tensor& lse, const Tensor& parts, double softmax_scale, bool causal,
                    int64_t window_left, int64_t window_right, double softcap, uintptr_t stream) {
   const AttentionInputs in = {q,
                               k,
@@ -253,9 +281,9 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   args.out = view_of(out, in.varlen());
   args.lse = row_view_of(lse, in.varlen());
   if (is_decoding(args.problem)) {
-    check_scratch(scratch, scratch_of(args), q.device);
-    attention_decode(args, scratch.ptr<float>(), q.dtype, stream);
-    return;
+    float* const at =
+        workspace_of("parts", parts, decode_rows(args), args.problem.value_dim + 2, q.device);
+    return attention_decode(args, at, q.dtype, stream);
   }
   const bool on_sm90 = attention_sm90_why_not(args).empty();
   (on_sm90 ? attention_sm90_fwd : attention_sm80_fwd)(args, q.dtype, stream);
@@ -266,8 +294,8 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
                    const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, int64_t max_seqlen_q,
                    int64_t max_seqlen_k, const Optional& alibi_slopes, const Optional& sink,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv, const Optional& dsink,
-                   const Tensor& delta, double softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, double softcap, uintptr_t stream) {
+                   const Tensor& delta, const Tensor& sums, double softmax_scale, bool causal,
+                   int64_t window_left, int64_t window_right, double softcap, uintptr_t stream) {
   const AttentionInputs in = {q,
                               k,
                               v,
@@ -312,11 +340,14 @@ void attention_bwd(const Tensor& dout, const Optional& dlse, const Tensor& q, co
   args.lse = row_view_of(lse, varlen);
   args.delta = row_view_of(delta, varlen);
   if (dlse) args.dlse = row_view_of(*dlse, varlen);
+  const bool one_pass = sums.numel() > 0;
+  if (one_pass) args.sums = workspace_of("sums", sums, attention_sm90_bwd_rows(args), 64, q.device);
   attention_delta(args, q.dtype, stream);
   if (dsink) {
     args.dsink = dsink->ptr<float>();
     attention_dsink(args, stream);
   }
+  if (one_pass) return attention_sm90_bwd(args, q.dtype, stream);
   const bool on_sm90 = attention_sm90_why_not(args).empty();
   (on_sm90 ? attention_sm90_dkdv : attention_sm80_dkdv)(args, q.dtype, stream);
   (on_sm90 ? attention_sm90_dq : attention_sm80_dq)(args, q.dtype, stream);

@@ -57,6 +57,21 @@ struct AttentionBwd {
   float* dsink;        // (H,), dense, or null
   int q_rows, k_rows;  // of all sequences where they are packed, else of one
   Schedule of_keys, of_queries;
+  // For one pass: tiles of 64 queries and 64 columns, (splits, tiles of queries, H, columns / 64),
+  // and how the keys of a head are split.
+  float* sums;
+  Schedule of_splits;  // its tiles are splits
+
+  // Tiles of queries; each packed sequence has its own.
+  CEG_HOST_DEVICE int64_t query_tiles() const {
+    return problem.cu_q ? int64_t{q_rows} / 64 + problem.batch
+                        : int64_t{problem.batch} * ((q_rows + 63) / 64);
+  }
+  // Of query 0 and head 0 of a sequence whose first row is first_q.
+  CEG_HOST_DEVICE float* sums_of(int split, int b, int first_q, int width) const {
+    const int64_t tile = problem.cu_q ? first_q / 64 + b : int64_t{b} * ((q_rows + 63) / 64);
+    return sums + (split * query_tiles() + tile) * problem.heads * 64 * width;
+  }
 };
 
 // For sm_90 alone (attention_sm90_*.cu). The first two are why it cannot run these on the current
@@ -66,10 +81,15 @@ std::string attention_sm90_why_not(const AttentionBwd& args);
 void attention_sm90_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 void attention_sm90_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
 void attention_sm90_dq(const AttentionBwd& args, DType dtype, uintptr_t stream);
+// All of it with the pairs visited once, given `sums` with this many rows of 64 floats; 0 where it
+// takes two passes, and why, or "" (attention_sm90_bwd.cu).
+int64_t attention_sm90_bwd_rows(const AttentionBwd& args);
+std::string attention_sm90_one_pass_why_not(const AttentionBwd& args);
+void attention_sm90_bwd(const AttentionBwd& args, DType dtype, uintptr_t stream);
 // For the few queries of decoding, on every GPU (attention_decode.cu; the rule is is_decoding() of
-// attention_split.h). scratch: as many floats as the other says, for the current device.
-void attention_decode(const AttentionFwd& args, float* scratch, DType dtype, uintptr_t stream);
-int64_t attention_decode_scratch(const AttentionFwd& args);
+// attention_split.h), given `parts` with this many rows of Dv + 2 floats on the current device.
+int64_t attention_decode_rows(const AttentionFwd& args);
+void attention_decode(const AttentionFwd& args, float* parts, DType dtype, uintptr_t stream);
 // Kernels for sm_80 and everything after it (attention_sm80_*.cu). Items are bf16 or fp16.
 void attention_sm80_fwd(const AttentionFwd& args, DType dtype, uintptr_t stream);
 void attention_sm80_dkdv(const AttentionBwd& args, DType dtype, uintptr_t stream);
@@ -83,14 +103,14 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                    const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
                    int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
                    const std::optional<Tensor>& sink, const Tensor& out, const Tensor& lse,
-                   const Tensor& scratch, double softmax_scale, bool causal, int64_t window_left,
+                   const Tensor& parts, double softmax_scale, bool causal, int64_t window_left,
                    int64_t window_right, double softcap, uintptr_t stream);
 
-// How many floats `scratch` has.
-int64_t attention_fwd_scratch(const Tensor& q, const Tensor& k, const Tensor& v,
-                              const std::optional<Tensor>& cu_seqlens_q,
-                              const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
-                              int64_t max_seqlen_k, int64_t window_left);
+// Rows of `parts`, of Dv + 2 floats.
+int64_t attention_fwd_rows(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& cu_seqlens_q,
+                           const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                           int64_t max_seqlen_k, int64_t window_left);
 
 // Why the forward of these does not run the kernel for sm_90 on their GPU, or "".
 std::string attention_fwd_sm90_why_not(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -104,7 +124,19 @@ std::string attention_bwd_sm90_why_not(const Tensor& dout, const Tensor& q, cons
                                        const std::optional<Tensor>& cu_seqlens_k,
                                        int64_t max_seqlen_q, int64_t max_seqlen_k);
 
-// delta: a float for each of lse's, written and read on the way.
+// The same of visiting each pair once, and the rows of 64 floats that it needs: 0 where not.
+std::string attention_bwd_one_pass_why_not(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                           const Tensor& v,
+                                           const std::optional<Tensor>& cu_seqlens_q,
+                                           const std::optional<Tensor>& cu_seqlens_k,
+                                           int64_t max_seqlen_q, int64_t max_seqlen_k);
+int64_t attention_bwd_rows(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& cu_seqlens_q,
+                           const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen_q,
+                           int64_t max_seqlen_k);
+
+// Written and read on the way: delta, a float for each of lse's, and sums, (attention_bwd_rows, 64)
+// for one pass or (0, 64) for two.
 void attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q,
                    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                    const std::optional<Tensor>& cu_seqlens_q,
@@ -112,7 +144,7 @@ void attention_bwd(const Tensor& dout, const std::optional<Tensor>& dlse, const 
                    int64_t max_seqlen_k, const std::optional<Tensor>& alibi_slopes,
                    const std::optional<Tensor>& sink, const Tensor& dq, const Tensor& dk,
                    const Tensor& dv, const std::optional<Tensor>& dsink, const Tensor& delta,
-                   double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                   double softcap, uintptr_t stream);
+                   const Tensor& sums, double softmax_scale, bool causal, int64_t window_left,
+                   int64_t window_right, double softcap, uintptr_t stream);
 
 }  // namespace ceg::cuda

@@ -285,17 +285,17 @@ void merge_chunks(const AttentionDecode& args, DType dtype, uintptr_t stream) {
 
 }  // namespace
 
-int64_t attention_decode_scratch(const AttentionFwd& args) {
+int64_t attention_decode_rows(const AttentionFwd& args) {
   const int chunks = split_of(args.problem).chunks;
-  return chunks > 1 ? chunks * rows_of_all(args) * (args.problem.value_dim + 2) : 0;
+  return chunks > 1 ? chunks * rows_of_all(args) : 0;
 }
 
-void attention_decode(const AttentionFwd& fwd, float* scratch, DType dtype, uintptr_t stream) {
+void attention_decode(const AttentionFwd& fwd, float* parts, DType dtype, uintptr_t stream) {
   const Attention& p = fwd.problem;
   AttentionDecode args = {fwd, split_of(p), nullptr, nullptr, rows_of_all(fwd)};
   if (args.split.chunks > 1) {
-    args.outs = scratch;
-    args.stats = reinterpret_cast<float2*>(scratch + args.split.chunks * args.rows * p.value_dim);
+    args.outs = parts;
+    args.stats = reinterpret_cast<float2*>(parts + args.split.chunks * args.rows * p.value_dim);
   }
   const int64_t blocks = args.split.blocks(int64_t{p.batch} * p.kv_heads);
   CEG_CHECK(blocks <= INT32_MAX, "q must have at most 2^31 - 1 tiles of 16 rows, got ", blocks);

@@ -46,15 +46,17 @@ void launch_tiles(const char* name, Kernel kernel, Arguments args, Schedule Argu
 }
 
 // Adds a kernel's instantiations: `of(item, head, plain)` is the one, `Tile<head, plain>` its tile.
-template <template <int, bool> class Tile, class Of>
+template <template <int, bool> class Tile, int kWidest = 256, class Of>
 void list_tiles(Kernels& kernels, const char* name, Of of) {
   const auto add = [&](auto item, auto head, auto plain) {
     constexpr int kD = decltype(head)::kWidth;
-    using T = Tile<kD, plain.value>;
-    const char* const type = std::is_same_v<decltype(item), bf16> ? " bf16 D" : " f16 D";
-    kernels.push_back({name + (type + std::to_string(kD)) + (plain.value ? "" : " any logits"),
-                       reinterpret_cast<const void*>(of(item, head, plain)), T::kThreads,
-                       T::kSharedBytes});
+    if constexpr (kD <= kWidest) {
+      using T = Tile<kD, plain.value>;
+      const char* const type = std::is_same_v<decltype(item), bf16> ? " bf16 D" : " f16 D";
+      kernels.push_back({name + (type + std::to_string(kD)) + (plain.value ? "" : " any logits"),
+                         reinterpret_cast<const void*>(of(item, head, plain)), T::kThreads,
+                         T::kSharedBytes});
+    }
   };
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const int width : {64, 128, 256}) {

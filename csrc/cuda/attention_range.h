@@ -62,6 +62,30 @@ struct Schedule {
   }
 };
 
+// Tiles are dealt to and fro among `splits`, so that under a causal mask each has as much to do;
+// those of one rise.
+CEG_HOST_DEVICE constexpr int dealt_tile(int split, int turn, int splits) {
+  return turn * splits + (turn % 2 ? splits - 1 - split : split);
+}
+// The last of `tiles` that a split has, of which the first is `split`.
+CEG_HOST_DEVICE constexpr int last_dealt_tile(int split, int tiles, int splits) {
+  const int turn = (tiles - 1) / splits;
+  const int tile = dealt_tile(split, turn, splits);
+  return tile < tiles ? tile : dealt_tile(split, turn - 1, splits);
+}
+
+// The fewest splits of the tiles of each head with which so many multiprocessors are done first.
+constexpr int splits_of(int64_t heads, int tiles, int multiprocessors) {
+  int best = 1;
+  int64_t fewest = INT64_MAX;  // tiles that a multiprocessor takes one after another
+  for (int splits = 1; splits <= least(tiles, multiprocessors); ++splits) {
+    const int64_t rounds = (heads * splits + multiprocessors - 1) / multiprocessors;
+    const int64_t taken = rounds * ((tiles + splits - 1) / splits);
+    if (taken < fewest) fewest = taken, best = splits;
+  }
+  return best;
+}
+
 // Heads whose keys and values, `bytes` for a head of them, share L2. From the shape alone.
 CEG_HOST_DEVICE constexpr int section_of(int heads, int64_t bytes) {
   // Half of what a GA102, the smallest GPU we know of, has.

@@ -3,12 +3,9 @@
 
 #include <type_traits>
 
-#include "attention_backward.h"
-#include "attention_sm90.h"
+#include "attention_sm90_keys.h"
 
 namespace ceg::cuda {
-
-constexpr int kQueries = 0, kDout = 1;  // what streams by
 
 // Heads of up to 128: a consumer has 64 keys, K and V and both sums. Chosen with the compiler's
 // report, measured on no GPU.
@@ -29,72 +26,6 @@ struct WideKeyTile : Sm90Tile<256, 64, 2, 2, sizeof(float2), 0, 64> {
 
 template <int kD, bool kPlain>
 using KeyTile = std::conditional_t<(kD <= 128), NarrowKeyTile<kD>, WideKeyTile>;
-
-template <class OfKeys>
-struct KeyReader : Reader<OfKeys> {
-  using Tile = OfKeys;
-  using Base = Reader<Tile>;
-  using Keys = TileOf<Tile::kRows>;
-  static constexpr int kM = Tile::kBlock;
-  using Dots = float[1][kM / 8][4];
-  using Operand = uint32_t[1][kM / 16][4];
-
-  const AttentionBwd& args;
-
-  __device__ __forceinline__ KeyReader(const SharedTiles<Tile>& shared, const AttentionBwd& args)
-      : Base{shared}, args(args) {}
-
-  // Of the queries of the block that is read.
-  __device__ __forceinline__ const float2* lse_delta() const {
-    return shared_pointer<const float2>(Base::shared.beside(Base::place[kQueries].stage));
-  }
-
-  // f(block, logit) for each block of queries of each head of the group, once it is there.
-  template <class F>
-  __device__ __forceinline__ void for_each_block(const Keys& tile, const Partners& queries, F f) {
-    const Attention& p = args.problem;
-    for (int h = tile.h * p.group(); h < (tile.h + 1) * p.group(); ++h) {
-      const Logit logit(p, tile.b, h);
-      for (int block = queries.start; block < queries.stop; block += kM) {
-        Base::place[kDout] = Base::place[kQueries];  // always; known, it takes fewer registers
-        Base::wait_for(kQueries);
-        Base::wait_for(kDout);
-        const int there = tile.at.n_q - block;
-        if (p.cu_q && there < kM) Base::clear_rows(there, kQueries, kDout);
-        f(block, logit);
-        Base::release(kQueries);
-        Base::release(kDout);
-      }
-    }
-  }
-
-  // Scores s become probabilities, dp gradients of scores, given `statistics(query)`, lse and
-  // delta.
-  template <bool kPlain, class Statistics>
-  __device__ __forceinline__ void weigh(Dots& s, Dots& dp, const Keys& tile, int first_row,
-                                        int block, const Logit& logit,
-                                        const Statistics& statistics) const {
-    const Meeting meeting = Meeting::of<Side::keys>(args.problem, tile.at);
-    const int row = tile.first + first_row, last = least(row + 16, tile.at.n_k) - 1;
-    const bool masked = meeting.partners<kM>(row, last).masked(block);
-    const int lane = thread_index() % kWarp;
-    differentiate<kPlain>(s, dp, meeting, row, block, masked, args.problem, logit,
-                          [&](int, int n, int i) { return statistics(column_of(lane, n, i)); });
-  }
-
-  // The sums of this consumer's keys from `before` on, through a place that only it has read.
-  template <class T, int kD>
-  __device__ __forceinline__ void store(const float (&sums)[1][kD / 8][4], float factor,
-                                        SharedAddress through, const View& to, int width,
-                                        const Keys& tile, int before) const {
-    const auto [b, h, first, at] = tile;
-    const int first_row = at.first_k + first + before;
-    const float scale[1][2] = {{factor, factor}};
-    store_rows<T, kD, 1, kD>(sums, scale, through, Base::own_row(), 0,
-                             rows_of<T>(to, b, first_row, h), to.row, at.n_k - first - before,
-                             width);
-  }
-};
 
 template <class T, int kD, bool kPlain>
 struct NarrowConsumer : KeyReader<NarrowKeyTile<kD>> {

@@ -29,15 +29,22 @@ inline TensorOfRows rows_of_dout(const AttentionBwd& a) {
   return rows_of_queries(a.problem, a.dout, a.problem.value_dim, a.q_rows);
 }
 
-// A block for each multiprocessor; each takes one tile of `rows` positions of a head after another.
+// A block for each multiprocessor; each takes one tile of a head after another.
 template <class Tile, class Kernel, class Arguments>
 void launch_persistent(const char* name, Kernel kernel, const Arguments& arguments,
-                       Schedule& schedule, int64_t rows, uintptr_t stream) {
-  schedule.tiles = static_cast<int>((rows + Tile::kRows - 1) / Tile::kRows);
+                       const Schedule& schedule, uintptr_t stream) {
   const int64_t blocks = schedule.blocks();
   CEG_CHECK(blocks <= INT32_MAX / 2, name, " must have at most 2^30 tiles, got ", blocks);
   const auto grid = static_cast<unsigned>(least(static_cast<int>(blocks), multiprocessors()));
   launch({name, grid, Tile::kThreads, Tile::kSharedBytes, stream}, kernel, arguments);
+}
+
+// Tiles of `rows` positions of a head.
+template <class Tile, class Kernel, class Arguments>
+void launch_persistent(const char* name, Kernel kernel, const Arguments& arguments,
+                       Schedule& schedule, int64_t rows, uintptr_t stream) {
+  schedule.tiles = static_cast<int>((rows + Tile::kRows - 1) / Tile::kRows);
+  launch_persistent<Tile>(name, kernel, arguments, schedule, stream);
 }
 
 }  // namespace ceg::cuda

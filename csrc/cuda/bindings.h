@@ -18,20 +18,24 @@ inline void bind_launchers(pybind11::module_& m) {
   using release_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("attention_fwd", attention_fwd, release_gil(), arg("q"), arg("k"), arg("v"),
         arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"),
-        arg("alibi_slopes"), arg("sink"), arg("out"), arg("lse"), arg("scratch"),
+        arg("alibi_slopes"), arg("sink"), arg("out"), arg("lse"), arg("parts"),
         arg("softmax_scale"), arg("causal") = false, arg("window_left") = -1,
         arg("window_right") = -1, arg("softcap") = 0.0, arg("stream") = 0);
-  m.def("attention_fwd_scratch", attention_fwd_scratch, arg("q"), arg("k"), arg("v"),
-        arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"),
-        arg("window_left") = -1);
+  m.def("attention_fwd_rows", attention_fwd_rows, arg("q"), arg("k"), arg("v"), arg("cu_seqlens_q"),
+        arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("window_left") = -1);
   m.def("attention_fwd_sm90_why_not", attention_fwd_sm90_why_not, arg("q"), arg("k"), arg("v"),
         arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"));
   m.def("attention_bwd", attention_bwd, release_gil(), arg("dout"), arg("dlse"), arg("q"), arg("k"),
         arg("v"), arg("out"), arg("lse"), arg("cu_seqlens_q"), arg("cu_seqlens_k"),
         arg("max_seqlen_q"), arg("max_seqlen_k"), arg("alibi_slopes"), arg("sink"), arg("dq"),
-        arg("dk"), arg("dv"), arg("dsink"), arg("delta"), arg("softmax_scale"),
+        arg("dk"), arg("dv"), arg("dsink"), arg("delta"), arg("sums"), arg("softmax_scale"),
         arg("causal") = false, arg("window_left") = -1, arg("window_right") = -1,
         arg("softcap") = 0.0, arg("stream") = 0);
+  m.def("attention_bwd_rows", attention_bwd_rows, arg("dout"), arg("q"), arg("k"), arg("v"),
+        arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"), arg("max_seqlen_k"));
+  m.def("attention_bwd_one_pass_why_not", attention_bwd_one_pass_why_not, arg("dout"), arg("q"),
+        arg("k"), arg("v"), arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"),
+        arg("max_seqlen_k"));
   m.def("attention_bwd_sm90_why_not", attention_bwd_sm90_why_not, arg("dout"), arg("q"), arg("k"),
         arg("v"), arg("cu_seqlens_q"), arg("cu_seqlens_k"), arg("max_seqlen_q"),
         arg("max_seqlen_k"));

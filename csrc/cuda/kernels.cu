@@ -36,6 +36,7 @@ std::vector<KernelAttributes> kernel_attributes() {
   list_attention_dkdv(kernels);
   list_attention_dq(kernels);
   list_attention_fwd(kernels);
+  list_attention_sm90_bwd(kernels);
   list_attention_sm90_dkdv(kernels);
   list_attention_sm90_dq(kernels);
   list_attention_sm90_fwd(kernels);

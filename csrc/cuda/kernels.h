@@ -28,6 +28,7 @@ void list_attention_decode(Kernels& kernels);
 void list_attention_dkdv(Kernels& kernels);
 void list_attention_dq(Kernels& kernels);
 void list_attention_fwd(Kernels& kernels);
+void list_attention_sm90_bwd(Kernels& kernels);
 void list_attention_sm90_dkdv(Kernels& kernels);
 void list_attention_sm90_dq(Kernels& kernels);
 void list_attention_sm90_fwd(Kernels& kernels);

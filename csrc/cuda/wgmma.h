@@ -71,15 +71,16 @@ inline uint32_t descriptor_address(SharedAddress at) {
   return static_cast<uint32_t>(at - shared_address(dynamic_shared_memory()));
 }
 
-// A and B from shared memory, both dense in k.
-template <class T, int kBlocks>
+// A and B from shared memory, both dense in the same index.
+template <class T, Major kMajor = Major::k, int kBlocks>
 void wgmma(float (&c)[kBlocks][4], uint64_t a, uint64_t b, bool accumulate) {
-  sim::wgmma_issue<T>(&c[0][0], kBlocks * 8, a, nullptr, b, false, accumulate);
+  constexpr bool kIsMn = kMajor == Major::mn;
+  sim::wgmma_issue<T>(&c[0][0], kBlocks * 8, a, nullptr, kIsMn, b, kIsMn, accumulate);
 }
 // A from registers, B from shared memory, dense in mn.
 template <class T, int kBlocks>
 void wgmma(float (&c)[kBlocks][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  sim::wgmma_issue<T>(&c[0][0], kBlocks * 8, 0, a, b, true, accumulate);
+  sim::wgmma_issue<T>(&c[0][0], kBlocks * 8, 0, a, false, b, true, accumulate);
 }
 template <class... Registers>
 void wgmma_fence(Registers&...) {
@@ -157,9 +158,13 @@ __device__ __forceinline__ void wgmma_wait(Registers&... done) {
   ", 0;\n"                                                                                        \
   "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" accumulators "}, " operands \
   ", p, 1, 1, " flags ";\n}"
-// A and B from shared memory; imm-trans-a and -b are 0: both are dense in k.
+// A and B from shared memory; imm-trans-a and -b are 0 where both are dense in k, 1 where in mn.
 #define CEG_WGMMA_SHARED(type)                                                   \
-  if constexpr (kBlocks == 8) {                                                  \
+  if constexpr (kMajor == Major::mn) {                                           \
+    asm volatile(CEG_WGMMA(type, "64", CEG_32_NAMES, "%32, %33", "%34", "1, 1")  \
+                 : CEG_C32(0)                                                    \
+                 : "l"(a), "l"(b), "r"(scale));                                  \
+  } else if constexpr (kBlocks == 8) {                                           \
     asm volatile(CEG_WGMMA(type, "64", CEG_32_NAMES, "%32, %33", "%34", "0, 0")  \
                  : CEG_C32(0)                                                    \
                  : "l"(a), "l"(b), "r"(scale));                                  \
@@ -185,11 +190,13 @@ __device__ __forceinline__ void wgmma_wait(Registers&... done) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale));                     \
   }
 
-// c = A B, or c += A B where it shall accumulate. A and B from shared memory, both dense in k.
-template <class T, int kBlocks>
+// c = A B, or c += A B where it shall accumulate. A and B from shared memory, both dense in the
+// same index.
+template <class T, Major kMajor = Major::k, int kBlocks>
 __device__ __forceinline__ void wgmma(float (&c)[kBlocks][4], uint64_t a, uint64_t b,
                                       bool accumulate) {
-  static_assert(kBlocks == 8 || kBlocks == 16, "N = 64 and N = 128 are written out");
+  static_assert(kBlocks == 8 || (kBlocks == 16 && kMajor == Major::k),
+                "N = 64 is written out, and N = 128 dense in k");
   const int scale = accumulate;
   if constexpr (std::is_same_v<T, bf16>) {
     CEG_WGMMA_SHARED("bf16")

@@ -50,6 +50,9 @@ PYBIND11_MODULE(_sim, m) {
         arg("after"), arg("count"));
   m.def("ring", ceg::sim::ring, arg("stages"), arg("steps"));
   m.def("section_of", ceg::cuda::section_of, arg("heads"), arg("bytes"));
+  m.def("dealt_tile", ceg::cuda::dealt_tile, arg("split"), arg("turn"), arg("splits"));
+  m.def("last_dealt_tile", ceg::cuda::last_dealt_tile, arg("split"), arg("tiles"), arg("splits"));
+  m.def("splits_of", ceg::cuda::splits_of, arg("heads"), arg("tiles"), arg("multiprocessors"));
   m.def("places", ceg::sim::places, arg("tiles"), arg("heads"), arg("section"),
         arg("last_tile_first"));
   m.def("is_decoding", ceg::cuda::is_decoding, arg("max_q"), arg("group"));

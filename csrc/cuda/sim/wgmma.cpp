@@ -41,8 +41,8 @@ Warpgroup& warpgroup() { return block_state<Warpgroups>()[threadIdx.x / kWarpgro
 
 bool alike(const WgmmaPart& x, const WgmmaPart& y) {
   return x.n == y.n && x.a == y.a && !x.a_registers == !y.a_registers && x.b == y.b &&
-         x.b_is_dense_in_mn == y.b_is_dense_in_mn && x.accumulate == y.accumulate &&
-         x.is_bf16 == y.is_bf16;
+         x.a_is_dense_in_mn == y.a_is_dense_in_mn && x.b_is_dense_in_mn == y.b_is_dense_in_mn &&
+         x.accumulate == y.accumulate && x.is_bf16 == y.is_bf16;
 }
 
 float item(uint16_t bits, bool is_bf16) {
@@ -60,9 +60,10 @@ float shared_item(uint64_t descriptor, Major major, int mn, int k, bool is_bf16)
 void read_a(const Product& product, double (&a)[kM][kK]) {
   const WgmmaPart& first = product.of_thread[0];
   if (!first.a_registers) {
+    const Major major = first.a_is_dense_in_mn ? Major::mn : Major::k;
     for (int row = 0; row < kM; ++row) {
       for (int k = 0; k < kK; ++k) {
-        a[row][k] = shared_item(first.a, Major::k, row, k, first.is_bf16);
+        a[row][k] = shared_item(first.a, major, row, k, first.is_bf16);
       }
     }
     return;

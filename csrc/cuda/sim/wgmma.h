@@ -17,6 +17,7 @@ struct WgmmaPart {
   int n;
   uint64_t a;
   const uint32_t* a_registers;  // null: by the descriptor
+  bool a_is_dense_in_mn;        // where that reads it
   uint64_t b;
   bool b_is_dense_in_mn, accumulate, is_bf16;
 };
@@ -27,10 +28,10 @@ void wgmma_commit();
 void wgmma_wait(int groups);
 
 template <class T>
-void wgmma_issue(float* c, int n, uint64_t a, const uint32_t* a_registers, uint64_t b,
-                 bool b_is_dense_in_mn, bool accumulate) {
-  wgmma_issue(
-      {c, n, a, a_registers, b, b_is_dense_in_mn, accumulate, std::is_same_v<T, __nv_bfloat16>});
+void wgmma_issue(float* c, int n, uint64_t a, const uint32_t* a_registers, bool a_is_dense_in_mn,
+                 uint64_t b, bool b_is_dense_in_mn, bool accumulate) {
+  wgmma_issue({c, n, a, a_registers, a_is_dense_in_mn, b, b_is_dense_in_mn, accumulate,
+               std::is_same_v<T, __nv_bfloat16>});
 }
 
 }  // namespace ceg::sim
