@@ -7,6 +7,7 @@ registers, offsets beyond 2^31, refusals, and every kernel compiled for every ta
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -114,6 +115,97 @@ def test_offsets_beyond_32_bits_in_attention(far, dimension, few):
         ours = *forward(x, x, x, *tail), *backward(x, None, x, x, x, *saved, *tail)
     for far_away, near in zip(ours, (*saved, *grads), strict=True):
         assert torch.equal(far_away, near)
+
+
+@pytest.fixture
+def far_sums(tmp_path):
+    """2^32 + 2^28 fp32 numbers of which nobody has most, as `far` in conftest.py."""
+    size = 2**32 + 2**28
+    if CUDA:
+        if torch.cuda.mem_get_info()[0] < 5 * size:
+            pytest.skip("needs 22 GiB of free GPU memory")
+        return torch.zeros(size, device=DEVICE)
+    file = tmp_path / "sums"
+    file.touch()
+    os.truncate(file, 4 * size)
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["split", "sequence", "head"])
+def test_sums_of_dq_beyond_32_bits(monkeypatch, far_sums, dimension):
+    """The workspace of the one pass, with the third of a dimension 2^31 numbers after the first."""
+    from ceg_kernels.triton import attention_backward
+    from ceg_kernels.triton.attention_config import Tile, forced
+
+    make = arguments.maker(torch.bfloat16, DEVICE)
+    batch, heads = (3, 1) if dimension == 1 else (1, 3)
+    q, k, v, dout = (make(batch, 40, heads, 16) for _ in range(4))
+    k, v = k[:, :, :1], v[:, :, :1]  # a group, whose heads the kernel steps through
+    tail = None, None, 40, 40, None, None, 0.2, True, -1, -1, 0.0
+    forward, backward = (
+        OPS[op].backend("triton").run for op in ("attention", "attention_backward")
+    )
+    given = dout, None, q, k, v, *forward(q, k, v, *tail), *tail
+    seen = []
+
+    def workspace(q, shape):
+        strides = list(torch.empty(shape, device="meta").stride())
+        strides[dimension] = STRIDE
+        seen.append(far_sums.as_strided(shape, strides, 2 * STRIDE).fill_(math.nan))
+        return seen[-1]
+
+    with forced({"bwd": Tile(16, 16, 4, 1, 3)}):
+        near = backward(*given)
+        monkeypatch.setattr(attention_backward, "_workspace", workspace)
+        far_away = backward(*given)
+    assert all(torch.equal(a, b) for a, b in zip(far_away, near, strict=True))
+    assert seen[0].shape[dimension] == 3
+    assert seen[0].select(dimension, 2).count_nonzero()
+
+
+def test_sums_of_dq_of_a_packed_sequence_beyond_32_bits(monkeypatch, far, far_sums):
+    """One that starts at row 2^27: its tiles do so at 2^27 * 16 = 2^31 numbers."""
+    from ceg_kernels.triton import attention_backward
+    from ceg_kernels.triton.attention_config import Tile, forced
+    from ceg_kernels.triton.attention_problem import problem_of
+    from ceg_kernels.triton.launch import gpu_of
+
+    make, first = arguments.maker(torch.bfloat16, DEVICE), 2**27
+    near = q, k, v, dout = [make(1, 40, 1, 16) for _ in range(4)]
+    tail = None, None, 40, 40, None, None, 0.2, True, -1, -1, 0.0
+    out, lse = OPS["attention"].backend("triton").run(q, k, v, *tail)
+    tile, backward = Tile(16, 16, 4, 1, 1), OPS["attention_backward"].backend("triton").run
+    with forced({"bwd": tile}):
+        expected = backward(dout, None, q, k, v, out, lse, *tail)
+    # Each has rows of its own behind the others', the first of all sequences 2^31 numbers before.
+    q, k, v, dout, dq = (
+        far.as_strided((first + 40, 1, 16), (16, 16, 1), 2**22 * i) for i in range(5)
+    )
+    for rows, given in zip((q, k, v, dout), near, strict=True):
+        rows[first:] = given[0]
+    cu = torch.tensor([first, first + 40], dtype=torch.int32, device=DEVICE)
+    p = problem_of(q, k, v, cu, cu, 40, 40, *tail[4:6], *tail[7:])
+    delta = (near[3].float() * out.float()).sum(-1)
+    statistics = [
+        far_sums.as_strided((1, first + 40), (first + 40, 1), 2**31 - 2**28 * i) for i in (1, 2)
+    ]
+    statistics[0][0, first:], statistics[1][0, first:] = lse[0, 0], delta[0, :, 0]
+    seen = []
+
+    def workspace(q, shape):
+        contiguous = torch.empty(shape, device="meta").stride()
+        seen.append(far_sums.as_strided(shape, contiguous, 2**31))
+        return seen[-1]
+
+    monkeypatch.setattr(attention_backward, "_workspace", workspace)
+    dk, dv = torch.empty_like(near[1][0]), torch.empty_like(near[2][0])
+    dk, dv = (t.as_strided((first + 40, 1, 16), (0, 16, 1)) for t in (dk, dv))  # not looked at
+    attention_backward._one_pass(
+        dout, q, k, v, *statistics, p, (p.left, p.right, 0.2, 0.0), gpu_of(q), dq, dk, dv, tile, 1
+    )  # fmt: skip
+    assert torch.equal(dq[first:], expected[0][0])
+    tiles = seen[0][0, 0, 0, first // 16 :]
+    assert tiles.count_nonzero()
 
 
 def test_too_many_tokens_are_refused():

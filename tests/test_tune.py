@@ -152,7 +152,7 @@ def test_a_tile_that_does_not_fit_is_replaced_and_a_measured_one_is_not(config, 
     assert found.pop(spilling) == (config.Tile(64, 32, 8, 1), "compiler")
     assert found.pop(kept) == (wide, {"device": "some GPU"})
     tile, by = found.pop(unused)
-    assert (tile, by["tried"], by["nearest"]) == (config.UNUSED, 2, [64, 32, 8, 1])
+    assert (tile, by["tried"], by["nearest"]) == (config.UNUSED, 2, [64, 32, 8, 1, 0])
     assert by["wrong"].startswith("spills ")
     assert found == {k: v for k, v in table.items() if k not in (spilling, kept, unused)}
 

@@ -174,15 +174,6 @@ def run_native_backward(
 refuses_triton = partial(refuses, why_not=triton.why_not)
 
 
-def refuses_triton_backward(dout, dlse, q, k, v, out, lse, *tail):
-    if (reason := refuses_triton(q, k, v, *tail)) is not None:
-        return reason
-    size = max(q.shape[-1], v.shape[-1])
-    if q.dtype == torch.float32 and size > 128:  # its products would not fit into registers
-        return f"needs head_dim <= 128 in float32, got {size}"
-    return None
-
-
 launch_triton = triton.launcher("attention", "forward")
 launch_triton_backward = triton.launcher("attention_backward", "backward")
 
@@ -334,7 +325,7 @@ ATTENTION_BACKWARD = Op(
         Backend(
             "triton",
             run_triton_backward,
-            refuses_triton_backward,
+            lambda dout, dlse, q, k, v, out, lse, *tail: refuses_triton(q, k, v, *tail),
             automatic=False,
         ),
         Backend(

@@ -85,9 +85,13 @@ def _slice(tile: Tile, p: Problem, q: torch.Tensor) -> tuple[int, ...]:
     return batch, q.shape[-2], tiles, tile.m, p.constants["BLOCK_D"]
 
 
+def _workspace(q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return q.new_empty(shape, dtype=torch.float32)
+
+
 def _one_pass(dout, q, k, v, lse, delta, p, flags, gpu, dq, dk, dv, tile, splits):
     packed, heads, heads_kv = p.cu_q is not None, q.shape[-2], k.shape[-2]
-    work = q.new_empty((splits, *_slice(tile, p, q)), dtype=torch.float32)
+    work = _workspace(q, (splits, *_slice(tile, p, q)))
     at_work = work.stride(0), 0 if packed else work.stride(1), work.stride(2)
     launch(
         attention_bwd_kernel, (splits * p.batch * heads_kv,),
@@ -95,7 +99,8 @@ def _one_pass(dout, q, k, v, lse, delta, p, flags, gpu, dq, dk, dv, tile, splits
         p.cu_q, p.cu_k, p.slopes, p.n_q, p.n_k, heads_kv, p.batch * heads_kv, splits,
         *(s for t in (dout, q, k, v, dk, dv) for s in strides(t, packed)),
         *lse_strides(lse, packed), *at_work, p.slopes_stride, *flags,
-        **p.constants, BLOCK_M=tile.m, BLOCK_N=tile.n, warps=tile.warps, stages=tile.stages,
+        **p.constants, SLICE=tile.slice, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     tiles = cdiv(p.n_q, tile.m)
     launch(
@@ -115,14 +120,15 @@ def _two_passes(dout, q, k, v, lse, delta, p, flags, gpu, dq, dk, dv):
         dout, q, k, v, *described((dout, q), keys.m, p, gpu), lse, delta, dk, dv,
         p.cu_q, p.cu_k, p.slopes, p.n_q, p.n_k, heads_kv, p.batch * heads_kv,
         *read, *strides(dk, packed), *strides(dv, packed), *more,
-        **p.constants, BLOCK_M=keys.m, BLOCK_N=keys.n, warps=keys.warps, stages=keys.stages,
+        **p.constants, SLICE=keys.slice, BLOCK_M=keys.m, BLOCK_N=keys.n,
+        warps=keys.warps, stages=keys.stages,
     )  # fmt: skip
     launch(
         attention_bwd_dq_kernel, (cdiv(p.n_q, queries.m) * p.batch * heads,),
         dout, q, k, v, *described((k, v), queries.n, p, gpu), lse, delta, dq,
         p.cu_q, p.cu_k, p.slopes, p.n_q, p.n_k, heads, p.batch * heads,
         *read, *strides(dq, packed), *more,
-        **p.constants, BLOCK_M=queries.m, BLOCK_N=queries.n,
+        **p.constants, SLICE=queries.slice, BLOCK_M=queries.m, BLOCK_N=queries.n,
         warps=queries.warps, stages=queries.stages,
     )  # fmt: skip
 
@@ -162,8 +168,6 @@ def compiled() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The calls whose kernels are compiled ahead of time, by name; see compile.py."""
     for name, args in CASES.items():
         q, _, v, cu = args[:4]
-        if q.dtype == torch.float32 and q.shape[-1] > 128:
-            continue  # refused: see ops/attention.py
         if name in FEW:
             continue
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))

@@ -78,8 +78,10 @@ def attention_bwd_sum_kernel(
     p = p_work + b * s_wb + h * s_wh + o_row * BLOCK_D
     p = p + o_col[:, None] * BLOCK_M + o_m[None, :]
     dq = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+    # In slices nobody writes columns past D.
+    m = None if D == BLOCK_D else (o_col < D)[:, None]
     for _ in tl.range(0, splits):
-        dq += tl.load(p)
+        dq += tl.load(p, mask=m)
         p += s_ws
     p_dq += b * s_dqb + first * s_dqt + h * s_dqh
     store_rows(p_dq, s_dqt, tile * BLOCK_M + o_m, n_q, tl.trans(dq) * scale, D, BLOCK_D)

@@ -16,6 +16,9 @@ the row's smallest head_dim, by registers and shared memory; 0 where the loop ov
 lets a processor hold fewer in any case of the row. Rows of "other" have 0: packed sequences have
 tiles of any length, which turns share out worse than a GPU does that starts a program where another
 ends.
+
+A `slice` of the backward that is not 0 is how many columns of head_dim a product takes at once
+(attention_slices.py). It decides on the order of sums, and so on bits.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Tile:
     warps: int
     stages: int
     programs: int = 0  # see the module's docstring
+    slice: int = 0  # see the module's docstring
 
 
 UNUSED = Tile(0, 0, 0, 0)  # of bwd or decode: the other kernels do their work

@@ -90,10 +90,10 @@ def load_rows(
 
 
 @triton.jit
-def load_row(view, row, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of those that `load_rows` loads, in fp32."""
+def load_row(view, row, column, D: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns from `column` of one row, in fp32."""
     p_t, stride, _, _, _ = view
-    o_col = tl.arange(0, BLOCK)
+    o_col = column + tl.arange(0, BLOCK)
     p = p_t + tl.cast(row, tl.int64) * stride + o_col
     return tl.load(p, mask=o_col < D, other=0.0).to(tl.float32)
 

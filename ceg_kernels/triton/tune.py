@@ -31,6 +31,9 @@ MODULES = {
 # Blocks of fewer keys than this write so much of dQ's partial sums that a second pass is cheaper:
 # a pair costs 10 D FLOPs and 8 D / keys bytes. The width of the elements decides on the FLOP/s.
 LEAST_KEYS = {16: 64, 32: 32}
+# Columns that the backward's products take at once, where all (0) do not fit into registers, by
+# head_dim and width: attention_slices.py says why. In half precision only one pass needs them.
+SLICES = {(128, 16): (0, 64), (256, 16): (0, 128, 64), (256, 32): (128, 64)}
 FEW_ROWS = {16: (64, 16), 32: (16,)}  # of decode: what attention_problem.FEW compiles
 
 
@@ -106,7 +109,7 @@ def largest(key: Key) -> tuple[Tile, Any]:
             nearest = min(distance, key=distance.__getitem__)
             return tile, {
                 "compiler": f"triton {triton.__version__}", "tried": len(tried),
-                "nearest": [nearest.m, nearest.n, nearest.warps, nearest.stages],
+                "nearest": [nearest.m, nearest.n, nearest.warps, nearest.stages, nearest.slice],
                 "wrong": tried[nearest].wrong,
             }  # fmt: skip
     raise RuntimeError(f"{key} must have a tile that fits, got none of {len(tried)}")
@@ -118,16 +121,24 @@ def candidates(key: Key) -> list[Tile]:
     stages = (2, 3, 1) if key.bits == 16 else (1,)
     # A product in fp32 keeps rows of both operands in registers too; of the others few spill.
     most = 100 if key.kernel == "bwd" and key.bits == 32 else 200
-    programs = {"bwd": 1, "decode": 2}.get(key.kernel, 0) * TARGETS[key.gpu].gpu.processors
+    # A thread of a matrix unit's product has four numbers or more.
+    least = 128 if key.bits == 16 else 32
+    gpu = TARGETS[key.gpu].gpu
+    programs = {"bwd": 1, "decode": 2}.get(key.kernel, 0) * gpu.processors
     tiles = [
-        Tile(m, n, warps, stage, programs)
-        for m, n, warps, stage in itertools.product(rows, rows, (8, 4), stages)
-        if _registers(key, m, n) / (32 * warps) <= most and m * n >= 64 * 2 * warps
+        Tile(m, n, warps, stage, programs, part)
+        for m, n, warps, stage, part in itertools.product(rows, rows, (8, 4), stages, _slices(key))
+        if _registers(key, m, n) / (gpu.warp * warps) <= most and m * n >= least * warps
         if key.kernel != "bwd" or n >= LEAST_KEYS[key.bits]
         if key.kernel != "decode" or (m in FEW_ROWS[key.bits] and n >= 32 and warps == 4)
     ]
     tiles.sort(key=partial(_preference, key.kernel))
     return [*tiles, UNUSED] if key.kernel in ("bwd", "decode") else tiles
+
+
+def _slices(key: Key) -> tuple[int, ...]:
+    sliced = key.kernel == "bwd" or (key.kernel in ("bwd_dkdv", "bwd_dq") and key.bits == 32)
+    return SLICES.get((key.head_dim, key.bits), (0,)) if sliced else (0,)
 
 
 def schedules(key: Key, tile: Tile) -> list[Tile]:
@@ -159,7 +170,9 @@ def _registers(key: Key, m: int, n: int) -> float:
 def _preference(kernel: str, tile: Tile) -> tuple:
     # Rows that stay in the program decide how often the others are read again.
     kept = tile.n if kernel in ("bwd", "bwd_dkdv") else tile.m
-    return -tile.m * tile.n, -kept, -tile.warps, (2, 3, 1).index(tile.stages)
+    stages = (2, 3, 1).index(tile.stages)
+    # Slices are loaded again and again.
+    return tile.slice > 0, -tile.m * tile.n, -kept, -tile.warps, stages, -tile.slice
 
 
 def masks(target: Target) -> list[Key]:
