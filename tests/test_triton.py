@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,7 +325,9 @@ def compiled():
     return json.loads(_run(code, TRITON_INTERPRET="0"))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+)
 def test_every_kernel_compiles_without_spills_and_fits(compiled, target):
     facts = [f for f in compiled["facts"] if f["target"] == target and f["family"] != "planted"]
     sources = (path.read_text() for path in (ROOT / "ceg_kernels" / "triton").glob("*.py"))
@@ -401,8 +404,30 @@ def test_an_unknown_target_is_named(monkeypatch):
     from ceg_kernels.triton.compile import report
 
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match=r"target must be one of sm_80, sm_90, .*, got 'sm_70'"):
+    with pytest.raises(ValueError, match=r"target must be one of sm_80, sm_86, .*, got 'sm_70'"):
         list(report(["sm_70"]))
+
+
+@pytest.mark.parametrize(
+    ("target", "family", "once"),
+    [
+        ("sm_80", "rope", False),
+        ("sm_86", "rope", True),
+        ("sm_86", "attention_backward", False),
+        ("sm_89", "attention_backward", True),
+        ("sm_89", "attention", False),
+    ],
+)
+def test_gpus_like_sm_80_compile_what_their_memory_decides_on(monkeypatch, target, family, once):
+    from triton import knobs
+
+    from ceg_kernels.triton import compile
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(compile, "build", lambda one, _: SimpleNamespace(hash=object(), one=one))
+    monkeypatch.setattr(compile, "describe", lambda built, *_: built.one.kernel.__name__)
+    kernels = list(compile.report([target], families=[family]))
+    assert (len(kernels) == len(set(kernels))) == once
 
 
 def test_the_host_pays_for_as_few_launches_as_there_are_kernels():

@@ -54,7 +54,8 @@ def test_a_table_is_read_as_it_was_written(config, tmp_path):
     ("arch", "warp", "row"),
     [
         ("sm_90", 32, "sm_90"),
-        ("sm_86", 32, "sm_120"),  # as little shared memory
+        ("sm_86", 32, "sm_86"),
+        ("sm_89", 32, "sm_86"),  # as little shared memory, the same instructions
         ("sm_103", 32, "sm_100"),
         ("sm_75", 32, "sm_120"),  # nobody's: the smallest tiles
         ("gfx90a", 64, "gfx942"),
@@ -86,11 +87,13 @@ def test_a_measured_row_goes_before_that_for_any_plain_mask(config, monkeypatch)
 
 def test_few_queries_take_small_tiles(config):
     tile = config.Tile(128, 64, 8, 2)
-    assert config.for_queries(tile, 1000) == tile
-    assert config.for_queries(tile, 65) == tile
-    assert config.for_queries(config.Tile(128, 64, 8, 2, 1), 64) == config.Tile(64, 64, 4, 2)
-    assert config.for_queries(tile, 64) == config.Tile(64, 64, 4, 2)
-    assert config.for_queries(tile, 1) == config.Tile(16, 64, 4, 2)
+    assert config.for_queries(tile, 1000, 16) == tile
+    assert config.for_queries(tile, 65, 16) == tile
+    assert config.for_queries(config.Tile(128, 64, 8, 2, 1), 64, 16) == config.Tile(64, 64, 8, 2)
+    assert config.for_queries(tile, 64, 16) == config.Tile(64, 64, 8, 2)
+    assert config.for_queries(tile, 1, 16) == config.Tile(32, 64, 8, 2)
+    assert config.for_queries(tile, 1, 32) == config.Tile(16, 64, 8, 2)
+    assert config.for_queries(config.Tile(16, 16, 8, 1), 1, 16) == config.Tile(16, 16, 8, 1)
 
 
 def test_every_candidate_is_a_tile_that_could_fit(config, tune):
@@ -114,6 +117,7 @@ def test_without_a_gpu_it_says_so(capsys):
     [
         (["--kernels", "fwd,dq"], "kernels must be of fwd, decode, bwd, bwd_dkdv, .*, got 'dq'"),
         (["--compile", "sm_70"], "target must be one of sm_80, .*, got 'sm_70'"),
+        (["--compile", "sm_89"], "target must be one of sm_80, sm_86, sm_90, .*, got 'sm_89'"),
     ],
 )
 def test_unknown_names_are_named(capsys, arguments, match):

@@ -141,7 +141,7 @@ def forward(
     if 0 < p.n_q * p.constants["GROUP"] <= few.m:
         decode(q, k, v, out, lse, p, few, gpu, scale=scale, softcap=softcap)
         return out, lse
-    tile = for_queries(p.tile("fwd", gpu), p.n_q)
+    tile = for_queries(p.tile("fwd", gpu), p.n_q, p.bits)
     n_tiles, programs = cdiv(p.n_q, tile.m) * p.batch * heads, tile.programs * gpu.processors
     launch(
         attention_fwd_kernel, (min(n_tiles, programs or n_tiles),),

@@ -38,7 +38,7 @@ PATH = Path(__file__).parent / "attention_tiles.json"
 KERNELS = ("fwd", "decode", "bwd", "bwd_dkdv", "bwd_dq")
 
 # GPUs that use the rows of another: the same generation, or one with as little shared memory.
-ALIKE = {"sm_103": "sm_100", "sm_86": "sm_120", "sm_89": "sm_120", "sm_121": "sm_120"}
+ALIKE = {"sm_103": "sm_100", "sm_89": "sm_86", "sm_121": "sm_120"}
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,14 @@ def _tabled(kernel: str, gpu: Gpu, size: int, bits: int, mask: str) -> Tile:
     return _tiles()[plain(key)] if found is None else found
 
 
-def for_queries(tile: Tile, n_q: int) -> Tile:
-    """Few queries, as in decoding, take no more rows than they need, and a program for each."""
-    m = tile.m
-    while m >= 2 * n_q and m > 16:
+def for_queries(tile: Tile, n_q: int, bits: int) -> Tile:
+    """Few queries, as in decoding, take no more rows than they need, and a program for each.
+
+    The warps stay: with half of them the keys and values that a thread loads are twice as many,
+    which under all masks spilled up to 144 bytes. In half precision 32 rows are the least: 16 lie
+    in all eight warps alike, which spilled 16 bytes, and cost memory, the limit here, no less.
+    """
+    m, least = tile.m, 32 if bits == 16 else 16
+    while m >= 2 * n_q and m > least:
         m //= 2
-    return tile if m == tile.m else replace(tile, m=m, warps=min(tile.warps, 4), programs=0)
+    return tile if m == tile.m else replace(tile, m=m, programs=0)

@@ -175,3 +175,15 @@ FEW: dict[str, tuple] = {
     )
 }
 CASES |= FEW
+# More queries than those, and half of a tile of the forward or less, which for_queries of
+# attention_config.py halves for them, down to the least rows.
+HALVED: dict[str, tuple] = {
+    f"D{d} {name} {rows} rows {mask}": case(8, 1024, 32, 8, d, dtype, queries=rows, **flags)
+    for name, dtype, sizes in (
+        ("bf16", torch.bfloat16, ((64, 64), (64, 32), (128, 64), (128, 32), (256, 64), (256, 32))),
+        ("fp32", torch.float32, ((64, 32), (64, 16), (128, 16))),
+    )
+    for d, rows in sizes
+    for mask, flags in (("causal", {}), ("everything packed", EVERYTHING))
+}
+CASES |= HALVED

@@ -34,17 +34,25 @@ class Target:
     gpu: Gpu
     triton: GPUTarget
     shared_limit: int  # bytes of shared memory (LDS) that one program may have
+    every_case: tuple[str, ...] = FAMILIES  # families; of the others each kernel once
 
 
-def _nvidia(capability: int, processors: int, shared_kib: int) -> Target:
+def _nvidia(
+    capability: int, processors: int, shared_kib: int, every_case: tuple[str, ...] = FAMILIES
+) -> Target:
     gpu = Gpu(f"sm_{capability}", 32, processors)
-    return Target(gpu, GPUTarget("cuda", capability, 32), shared_kib * 1024)
+    return Target(gpu, GPUTarget("cuda", capability, 32), shared_kib * 1024, every_case)
 
 
 # Shared memory per block: CUDA programming guide, table of technical specifications per compute
-# capability; the CDNA 3 ISA guide for gfx942. Processors: A100, H200, B200, RTX 5090, MI300X.
+# capability; the CDNA 3 ISA guide for gfx942. Processors: A100, RTX 3090, RTX 4090, H200, B200,
+# RTX 5090, MI300X. sm_86 and sm_89 have the instructions of sm_80 and less shared memory, on which
+# attention's tiles alone depend; sm_89 takes sm_86's rows. All cases of all three would compile
+# what is the same three times but for the assembler.
 TARGETS = {
     "sm_80": _nvidia(80, 108, 163),
+    "sm_86": _nvidia(86, 82, 99, ("attention", "attention_backward")),
+    "sm_89": _nvidia(89, 128, 99, ("attention",)),
     "sm_90": _nvidia(90, 132, 227),
     "sm_100": _nvidia(100, 148, 227),
     "sm_120": _nvidia(120, 170, 99),
@@ -87,9 +95,9 @@ def report(
     """Compile and describe, one kernel at a time (0.3 to 5 s each; Triton's cache remembers).
 
     A kernel that two cases share appears once; without `every_case`, each kernel in its first case
-    only. Raises ValueError for an unknown target, RuntimeError
-    in a process that interprets kernels, and whatever Triton raises for a kernel that does not
-    compile.
+    only, as in families that a target's `every_case` leaves out. Raises ValueError for an unknown
+    target, RuntimeError in a process that interprets kernels, and whatever Triton raises for a
+    kernel that does not compile.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels must be compiled, got TRITON_INTERPRET=1: unset it")
@@ -99,7 +107,7 @@ def report(
         target = TARGETS[name]
         seen: set[Any] = set()
         for family, case, one in _launches(target, families):
-            if not every_case and one.kernel in seen:
+            if one.kernel in seen and not (every_case and family in target.every_case):
                 continue
             built = build(one, target)
             if built.hash not in seen:

@@ -17,7 +17,7 @@ import triton
 
 from ceg_kernels.triton import attention, attention_backward
 from ceg_kernels.triton.attention_config import UNUSED, Key, Tile, forced, key_of, plain
-from ceg_kernels.triton.attention_problem import CASES, FEW, problem_of
+from ceg_kernels.triton.attention_problem import CASES, FEW, HALVED, problem_of
 from ceg_kernels.triton.compile import TARGETS, Facts, Target, build, describe
 from ceg_kernels.triton.launch import record
 
@@ -45,6 +45,8 @@ def keys(target: Target) -> Iterator[Key]:
 
 
 def _speaks_for(kernel: str, case: str) -> bool:
+    if case in HALVED:
+        return kernel == "fwd"  # the backward halves no tile
     return (case in FEW) == (kernel == "decode")
 
 
