@@ -36,7 +36,8 @@ def machine_code_for(source: Path, others: list[str], folder: Path) -> list[Usag
 
 def test_every_kernel_compiles_for_every_architecture_without_spills(tmp_path):
     others = [arch for arch in SUPPORTED if arch not in archs()]
-    assert others, "the build has them all: test_cuda_build.py reads those"
+    if not others:
+        pytest.skip("the build has them all: test_cuda_build.py reads those")
     # The longest first, so that none is left alone at the end.
     sources = sorted(SOURCES.glob("*.cu"), key=lambda s: "attention_sm80" not in s.stem)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

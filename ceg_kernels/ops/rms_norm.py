@@ -68,7 +68,8 @@ def cost_backward(dy, dh, h, weight, rstd, weight_offset):
 def samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     # Left out: D above 4099 (same loops, only slower to check).
     make = arguments.maker(dtype, device)
-    for shape in [(1, 1), (300, 1), (3, 63), (5, 257), (2, 7, 760), (300, 128), (8, 4099), (0, 64)]:
+    shapes = (1, 1), (300, 1), (3, 63), (5, 257), (2, 7, 760), (300, 128), (8, 4099), (0, 64)
+    for shape in (*shapes, (19, 2056)):  # an odd number of rows that are taken two at a time
         weight = make(shape[-1])
         yield Sample(f"x{list(shape)}", (make(*shape), weight, None, 1e-6, 0.0))
     x, weight = make(9, 96), make(96)
