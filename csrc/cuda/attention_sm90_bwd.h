@@ -16,7 +16,6 @@ struct OnePassConsumer : KeyReader<OnePassTile<kD>> {
   using Scores = typename Tile::Scores;
   using OneKey = typename Tile::OneKey;
   using Gradient = float[1][kD / 8][4];
-  static constexpr int kK = 0, kV = 1;
   static constexpr int kBothBarrier = 1 + 2 * Tile::kConsumers;  // beside the reader's
 
   ScoreRing<Tile> ring;
@@ -192,12 +191,7 @@ struct OnePassConsumer : KeyReader<OnePassTile<kD>> {
   __device__ __forceinline__ void visit(const Keys& tile, int block, const Logit& logit,
                                         Gradient& dk, Gradient& dv) const {
     Dots s, dp;
-    wgmma_fence(s[0], dp[0]);
-    issue_product_of_rows<T, Own, Block>(s[0], held(kK), streamed(kQueries));
-    issue_product_of_rows<T, Own, Block>(dp[0], held(kV), streamed(kDout));
-    wgmma_commit();
-    Base::pass_turn();
-    wgmma_wait<0>(s[0], dp[0]);
+    Base::template score<T>(s, dp);
     // Volatile, or ptxas reads them all at once, into registers that nobody has.
     using Bits = unsigned long long;
     const volatile Bits* const lse_delta = reinterpret_cast<const Bits*>(Base::lse_delta());

@@ -32,22 +32,15 @@ struct NarrowConsumer : KeyReader<NarrowKeyTile<kD>> {
   using Base = KeyReader<NarrowKeyTile<kD>>;
   using Base::args, Base::held, Base::streamed;
   using typename Base::Dots, typename Base::Operand, typename Base::Keys;
-  using Own = typename Base::Tile::Own;
   using Block = typename Base::Tile::Block;
   using Gradient = float[1][kD / 8][4];
-  static constexpr int kK = 0, kV = 1;
   using Base::Base;
 
   // dV and dK of a block of queries; it is this consumer's turn.
   __device__ __forceinline__ void visit(const Keys& tile, int block, const Logit& logit,
                                         Gradient& dk, Gradient& dv) const {
     Dots s, dp;
-    wgmma_fence(s[0], dp[0]);
-    issue_product_of_rows<T, Own, Block>(s[0], held(kK), streamed(kQueries));
-    issue_product_of_rows<T, Own, Block>(dp[0], held(kV), streamed(kDout));
-    wgmma_commit();
-    Base::pass_turn();
-    wgmma_wait<0>(s[0], dp[0]);
+    Base::template score<T>(s, dp);
     const float2* const lse_delta = Base::lse_delta();
     Base::template weigh<kPlain>(s, dp, tile, Base::warp_row(), block, logit,
                                  [&](int query) { return lse_delta[query]; });

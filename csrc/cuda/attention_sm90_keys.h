@@ -9,6 +9,7 @@
 
 namespace ceg::cuda {
 
+constexpr int kK = 0, kV = 1;           // what is held
 constexpr int kQueries = 0, kDout = 1;  // what streams by
 using KeyArguments = Sm90Arguments<AttentionBwd, 2>;
 
@@ -56,6 +57,20 @@ struct KeyReader : Reader<OfKeys> {
     for (int h = tile.h * group; h < (tile.h + 1) * group; ++h) {
       for_each_block_of(h, tile, queries, f);
     }
+  }
+
+  // Scores s of the block that is read, and dp, by a consumer that has both K and V and whose turn
+  // it is; then it is the next one's.
+  template <class T>
+  __device__ __forceinline__ void score(Dots& s, Dots& dp) const {
+    using Own = typename Tile::Own;
+    using Block = typename Tile::Block;
+    wgmma_fence(s[0], dp[0]);
+    issue_product_of_rows<T, Own, Block>(s[0], Base::held(kK), Base::streamed(kQueries));
+    issue_product_of_rows<T, Own, Block>(dp[0], Base::held(kV), Base::streamed(kDout));
+    wgmma_commit();
+    Base::pass_turn();
+    wgmma_wait<0>(s[0], dp[0]);
   }
 
   // Scores s become probabilities, dp gradients of scores, given `statistics(query)`, lse and
