@@ -14,7 +14,8 @@ import torch
 from ceg_kernels import OPS, moe_combine, moe_dispatch, moe_route, use_backend
 from ceg_kernels.measure import peers
 from ceg_kernels.measure.accuracy import error_fraction
-from ceg_kernels.measure.suite import LOOSE, STOCK
+from ceg_kernels.measure.run import LOOSE
+from ceg_kernels.measure.suite import STOCK
 from ceg_kernels.op import Cost
 
 MOE_SHAPES = {  # tokens, experts, top_k, D

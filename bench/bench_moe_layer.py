@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ceg_kernels import OPS, nn, use_backend
 from ceg_kernels.measure import peers
 from ceg_kernels.measure.accuracy import error_fraction
-from ceg_kernels.measure.suite import LOOSE, STOCK
+from ceg_kernels.measure.run import LOOSE
+from ceg_kernels.measure.suite import STOCK
 from ceg_kernels.op import Cost
 
 SHAPES = {  # tokens, experts, top_k, D, width of an expert

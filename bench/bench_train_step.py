@@ -78,7 +78,7 @@ def test_training_step(dtype, device, ours, benchmark, report):
     variants["torch"] = backends_of((), ours)
     variants |= {f"{family} alone": backends_of((family,), ours) for family in FAMILIES}
     variants["reference"] = "reference"
-    memory.keep_freed()
+    memory.prepare()
     steps = {name: step_of(name, backends) for name, backends in variants.items()}
     extra_flops = {}
     for name, step in steps.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,15 @@ from ceg_kernels.measure.ceilings import Roofs, gpu_state, measure
 from ceg_kernels.measure.clock import time_interleaved
 from ceg_kernels.measure.host import Stolen, stolen_line
 from ceg_kernels.measure.roofline import bench_row
+from ceg_kernels.measure.run import Result, run_cases
 from ceg_kernels.measure.steps import render as render_steps
-from ceg_kernels.measure.suite import PEERS, Case, Result, cases, run_case
+from ceg_kernels.measure.suite import PEERS, Case, cases
 from ceg_kernels.measure.table import render, roofs_lines
 from ceg_kernels.op import Cost
 
+# Every case is timed at so many moments (see measure/run.py), so long in all.
+PASSES = 5
+SECONDS = 0.4
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 ROWS = pytest.StashKey[list]()
 ROOFS = pytest.StashKey[Roofs]()
@@ -62,7 +67,7 @@ def roofs_of(config: pytest.Config) -> Roofs:
 
 
 class Measured:
-    """Runs each case once, for all of its backends that were selected; keeps the latest only."""
+    """Runs each case once, for all of its backends that were selected, several cases at a time."""
 
     def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self.config = config
@@ -73,19 +78,38 @@ class Measured:
                 self.backends.setdefault(params["case"], []).append(params["backend"])
         self.case: Case | None = None
         self.args: tuple = ()
-        self.results: dict[str, Result] = {}
+        self.results: dict[Case, dict[str, Result]] = {}
+        self.running: Iterator[tuple[Case, dict[str, Result]]] | None = None
 
     def arguments(self, case: Case) -> tuple:
+        """Inputs of a case that runs but is not timed; the latest only are kept."""
         if case != self.case:
-            self.case, self.args, self.results = case, case.args(), {}
+            self.case, self.args = case, case.args()
         return self.args
 
     def result(self, case: Case, backend: str) -> Result | None:
-        if case != self.case or not self.results:
-            self.case = case
-            self.results = run_case(case, self.backends[case], roofs=roofs_of(self.config))
-            self.config.stash[ROWS].extend(result.row for result in self.results.values())
-        return self.results.get(backend)
+        if self.running is None:
+            self.running = run_cases(
+                self.backends,
+                roofs=roofs_of(self.config),
+                passes=PASSES,
+                min_time_s=SECONDS,
+                progress=self.say,
+            )
+        while case not in self.results:
+            done, results = next(self.running)
+            self.results[done] = results
+            self.config.stash[ROWS].extend(result.row for result in results.values())
+        return self.results[case].get(backend)
+
+    def say(self, number: int, cases: int) -> None:
+        plugin = self.config.pluginmanager.get_plugin
+        reporter, capture = plugin("terminalreporter"), plugin("capturemanager")
+        if reporter is None or capture is None or cases == 1:
+            return
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"timing {cases} cases, pass {number + 1} of {PASSES}")
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +125,7 @@ def report(request: pytest.FixtureRequest):
     def add(
         op: str, direction: str, shape: str, dtype: torch.dtype, calls, cost: Cost, max_s: float
     ) -> dict[str, dict]:
-        memory.keep_freed()
+        memory.prepare()
         rows = {}
         timings = time_interleaved(calls, device=device, min_time_s=0.5, max_time_s=max_s)
         for name, timing in timings.items():

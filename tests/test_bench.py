@@ -19,11 +19,13 @@ from ceg_kernels.measure import ceilings, peers
 from ceg_kernels.measure.clock import Timing
 from ceg_kernels.measure.plot import peak, roofline_figure
 from ceg_kernels.measure.roofline import ROW_KEYS, bench_row
-from ceg_kernels.measure.suite import LOOSE, PEERS, _formula_error, run_case
+from ceg_kernels.measure.run import LOOSE, run_case
+from ceg_kernels.measure.suite import PEERS, _formula_error
 from ceg_kernels.measure.table import markdown, render
 from ceg_kernels.op import Cost
 from ceg_model.bench_commands import add_subcommands, newest_rows
-from tests.test_measure import RMS, ROOFS, _text
+from tests.test_measure import ROOFS
+from tests.test_measure_run import RMS, _text
 
 ROOT = Path(__file__).parents[1]
 ONE = ("-k", "rms_norm-fwd-quick and float32", "-q")

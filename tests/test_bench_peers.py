@@ -18,9 +18,11 @@ import torch
 
 from ceg_kernels import OPS, moe_combine, moe_dispatch, moe_route
 from ceg_kernels.measure import libraries, peers
-from ceg_kernels.measure.suite import LOOSE, PEERS, Case, _formula_error, run_case
+from ceg_kernels.measure.run import LOOSE, run_case
+from ceg_kernels.measure.suite import PEERS, Case, _formula_error
 from tests.test_bench import ONE, known_roofs, run  # noqa: F401
-from tests.test_measure import RMS, ROOFS
+from tests.test_measure import ROOFS
+from tests.test_measure_run import RMS
 
 ROPE = Case("rope", "fwd", "quick-2x512-h8-d64", "float32", "cpu")
 

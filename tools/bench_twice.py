@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ceg_kernels.measure.ceilings import measure
-from ceg_kernels.measure.suite import PEERS, Case, cases, run_case
+from ceg_kernels.measure.run import run_case
+from ceg_kernels.measure.suite import PEERS, Case, cases
 
 BOUND = 0.05
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ceg_kernels.measure import plot, table
-from ceg_kernels.measure.suite import LOOSE
+from ceg_kernels.measure.run import LOOSE
 from ceg_kernels.measure.svg import INK, panel
 
 Row = dict[str, Any]

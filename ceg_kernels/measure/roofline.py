@@ -92,8 +92,10 @@ def versions(roofs: Roofs) -> dict[str, str]:
         python=platform.python_version(),
         machine=roofs.device_name,
         threads=str(roofs.threads),
-        freed_memory="kept" if memory.kept() else "returned",
+        freed_memory="kept" if memory.prepared() else "returned",
     )
+    if pages := memory.page_size():
+        found["pages"] = pages
     sources = roofs.flops_source | {"copy": roofs.copy_source}
     if known := [f"{name} {how}" for name, how in sources.items() if how is not None]:
         found["roofs"] = ", ".join(known)

@@ -52,7 +52,7 @@ def _roofs(device: str, smoke: bool) -> dict[str, Any]:
 
 def _bench(device: str, budget_s: float, roofs: dict[str, Any], smoke: bool) -> dict[str, Any]:
     from ceg_kernels.measure.ceilings import Roofs
-    from ceg_kernels.measure.suite import quick_bench
+    from ceg_kernels.measure.run import quick_bench
 
     with Progress("bench") as progress:
         rows = quick_bench(
