@@ -95,11 +95,19 @@ def test_moe_layer(shape, dtype, device, ours, benchmark, report, request):
     names = (ours, *(name for name in asked if name in STOCK or name in FORMULAS))
     calls = {name: training(layer, x, dout, name) for name in names}
     golds, bases = (in_precision(layer, x, dout, t) for t in (torch.float64, torch.float32))
-    for name, call in calls.items():
+
+    def errors(call) -> list[float]:
         out, grads = call()
-        for one, gold, base in zip((out, *grads), golds, bases, strict=True):
-            off = error_fraction(one, gold, base, OPS["moe_combine"].slack)
-            assert off <= (LOOSE if name in FORMULAS else 1), f"{name}: {off:.2g}"
+        return [
+            error_fraction(one, gold, base, OPS["moe_combine"].slack)
+            for one, gold, base in zip((out, *grads), golds, bases, strict=True)
+        ]
+
+    # The layer itself rounds between its steps: on the reference it may err more than one op may.
+    allowed = [max(1.0, 1.1 * off) for off in errors(training(layer, x, dout, "reference"))]
+    for name, call in calls.items():
+        for off, most in zip(errors(call), allowed, strict=True):
+            assert off <= (LOOSE if name in FORMULAS else most), f"{name}: {off:.2g}"
     with FlopCounterMode(display=False) as counter:
         layer(x).backward(dout)  # not a call of `calls`: its hooks do not know autograd.grad
     layer.zero_grad()

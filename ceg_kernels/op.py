@@ -217,7 +217,9 @@ def use_backend(backend: str | Mapping[str, str] | None) -> Iterator[None]:
         if op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
         OPS[op].backend(name)
-    if isinstance(backend, str) and backend not in backends():
+    if isinstance(backend, str) and not any(
+        backend == b.name for op in OPS.values() for b in op.backends
+    ):
         raise ValueError(f"backend must be one of {', '.join(backends())}, got {backend!r}")
     token = _FORCED.set(backend)
     try:
