@@ -75,15 +75,19 @@ def _advise_heap(libc: ctypes.CDLL) -> None:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
     if advice is None:
         return
-    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes = (ctypes.c_size_t,)
+    libc.sbrk.argtypes = (ctypes.c_ssize_t,)
     libc.free.argtypes = (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     size = _HEAP_BYTES
-    while size >= _HUGE_BYTES:  # a limit on memory may forbid the whole
-        if block := libc.malloc(size):
-            start = -(-block // _HUGE_BYTES) * _HUGE_BYTES
-            libc.madvise(start, (block + size - start) // _HUGE_BYTES * _HUGE_BYTES, advice)
-            libc.free(block)
-            return
+    # A limit on memory may forbid it; and a malloc that fails would move to another heap for good.
+    while libc.sbrk(size + _HUGE_BYTES) == ctypes.c_void_p(-1).value:
         size //= 2
+        if size < _HUGE_BYTES:
+            return
+    libc.sbrk(-size - _HUGE_BYTES)
+    if block := libc.malloc(size):
+        start = -(-block // _HUGE_BYTES) * _HUGE_BYTES
+        libc.madvise(start, (block + size - start) // _HUGE_BYTES * _HUGE_BYTES, advice)
+        libc.free(block)
