@@ -21,9 +21,9 @@ from ceg_kernels.measure.suite import PEERS, Case, cases
 from ceg_kernels.measure.table import render, roofs_lines
 from ceg_kernels.op import Cost
 
-# Every case is timed at so many moments (see measure/run.py), so long in all.
-PASSES = 5
-SECONDS = 0.4
+# Every case is timed at so many moments (see measure/run.py), so long in all. A GPU is not shared.
+PASSES = {"cpu": 5, "cuda": 1}
+SECONDS = {"cpu": 0.4, "cuda": 0.2}
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 ROWS = pytest.StashKey[list]()
 ROOFS = pytest.StashKey[Roofs]()
@@ -71,6 +71,7 @@ class Measured:
 
     def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self.config = config
+        self.kind = _device(config).partition(":")[0]
         self.backends: dict[Case, list[str]] = {}
         for item in items:
             params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -78,8 +79,8 @@ class Measured:
                 self.backends.setdefault(params["case"], []).append(params["backend"])
         self.case: Case | None = None
         self.args: tuple = ()
-        self.results: dict[Case, dict[str, Result]] = {}
-        self.running: Iterator[tuple[Case, dict[str, Result]]] | None = None
+        self.results: dict[Case, dict[str, Result] | Exception] = {}
+        self.running: Iterator[tuple[Case, dict[str, Result] | Exception]] | None = None
 
     def arguments(self, case: Case) -> tuple:
         """Inputs of a case that runs but is not timed; the latest only are kept."""
@@ -90,17 +91,18 @@ class Measured:
     def result(self, case: Case, backend: str) -> Result | None:
         if self.running is None:
             self.running = run_cases(
-                self.backends,
-                roofs=roofs_of(self.config),
-                passes=PASSES,
-                min_time_s=SECONDS,
-                progress=self.say,
-            )
+                self.backends, roofs=roofs_of(self.config), passes=PASSES[self.kind],
+                min_time_s=SECONDS[self.kind], progress=self.say,
+            )  # fmt: skip
         while case not in self.results:
-            done, results = next(self.running)
-            self.results[done] = results
-            self.config.stash[ROWS].extend(result.row for result in results.values())
-        return self.results[case].get(backend)
+            done, found = next(self.running)
+            self.results[done] = found
+            if not isinstance(found, Exception):
+                self.config.stash[ROWS].extend(result.row for result in found.values())
+        results = self.results[case]
+        if isinstance(results, Exception):
+            raise results
+        return results.get(backend)
 
     def say(self, number: int, cases: int) -> None:
         plugin = self.config.pluginmanager.get_plugin
@@ -109,7 +111,7 @@ class Measured:
             return
         with capture.global_and_fixture_disabled():
             reporter.ensure_newline()
-            reporter.write_line(f"timing {cases} cases, pass {number + 1} of {PASSES}")
+            reporter.write_line(f"timing {cases} cases, pass {number + 1} of {PASSES[self.kind]}")
 
 
 @pytest.fixture(scope="session")

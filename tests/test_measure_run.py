@@ -102,6 +102,30 @@ def test_cases_take_turns_in_passes(timed):
     assert (first.row["hot_s"], first.row["rounds"]) == (1.5, 9)
 
 
+@pytest.mark.parametrize("broken", ["args", "call"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_case_that_raises_takes_no_other_with_it(broken, passes, monkeypatch):
+    """It raises as its inputs are made, or (`call`) not before it is timed."""
+    bad, good = dataclasses.replace(RMS, dtype="bfloat16"), RMS
+    whole = getattr(Case, broken)
+
+    def fail(*args):
+        raise RuntimeError("planted")
+
+    def breaks(self, *args):
+        if self != bad:
+            return whole(self, *args)
+        return fail if broken == "call" else fail()
+
+    monkeypatch.setattr(Case, broken, breaks)
+    chosen = {bad: ["reference"], good: ["reference"]}
+    results = dict(run_cases(chosen, roofs=ROOFS, passes=passes, min_time_s=0.01))
+    assert str(results[bad]) == "planted"
+    assert results[good]["reference"].row["status"] == "ok"
+    with pytest.raises(RuntimeError, match="planted"):
+        run_case(bad, ["reference"], roofs=ROOFS)
+
+
 @pytest.mark.parametrize("name", ["_HELD_BYTES", "_HELD_CASES"])
 def test_what_is_held_at_a_time_is_bounded(name, timed, monkeypatch):
     monkeypatch.setattr(run, name, 1)

@@ -45,8 +45,11 @@ class Result:
 def run_case(
     case: Case, backends: Iterable[str] | None = None, **options: Any
 ) -> dict[str, Result]:
-    """The results of one case by backend; see `run_cases`."""
-    return dict(run_cases({case: backends}, **options))[case]
+    """The results of one case by backend; arguments and errors as those of `run_cases`."""
+    ((_, results),) = run_cases({case: backends}, **options)
+    if isinstance(results, Exception):
+        raise results
+    return results
 
 
 def run_cases(
@@ -58,23 +61,28 @@ def run_cases(
     max_time_s: float = 3.0,
     max_variants: int = 8,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[Case, dict[str, Result]]]:
+) -> Iterator[tuple[Case, dict[str, Result] | Exception]]:
     """Check, then time each case's backends (all that can run it, where None) on the same inputs.
 
     A backend that refuses the arguments is left out. One of ours that fails the accuracy check, and
-    a peer that does not run or is wrong beyond rounding, gets a row without a time. Peers are
-    compiled before anything is timed. On a CPU the process keeps freed memory from here on, in huge
-    pages where there are some (measure/memory.py).
+    a peer that does not run or is wrong beyond rounding, gets a row without a time. A case that
+    raises comes with what it raised: the others' results are not lost with it. Peers are compiled
+    before anything is timed. On a CPU the process keeps freed memory from here on, in huge pages
+    where there are some (measure/memory.py).
 
-    Cases come in order, with all of their results: as many at a time as share the same passes, at
-    most 32 and what holds 2 GiB of inputs. `min_time_s` and `max_time_s` are of all passes
-    together. `progress` is told of each pass: its number and how many cases it has.
+    With more than one pass as many cases as share them come together: at most 32, and what holds
+    2 GiB of inputs. `min_time_s` and `max_time_s` are of all passes together. `progress` is told of
+    each pass: its number and how many cases it has.
     """
     batch: list[_Checked] = []
     for case, backends in chosen.items():
-        batch.append(_checked(case, backends, roofs, max_variants))
+        try:
+            batch.append(_checked(case, backends, roofs, max_variants))
+        except Exception as error:  # noqa: BLE001, it is handed on
+            yield case, error
+            continue
         # What the next case compiles would be compiled in place of this one's.
-        alone = "compile" in batch[-1].calls
+        alone = passes == 1 or "compile" in batch[-1].calls
         held = sum(one.held_bytes for one in batch)
         if alone or held > _HELD_BYTES or len(batch) == _HELD_CASES:
             yield from _timed(batch, roofs, passes, min_time_s, max_time_s, progress)
@@ -136,19 +144,29 @@ def _timed(
     min_time_s: float,
     max_time_s: float,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[tuple[Case, dict[str, Result]]]:
+) -> Iterator[tuple[Case, dict[str, Result] | Exception]]:
     parts: list[dict[str, list[Timing]]] = [{name: [] for name in one.calls} for one in batch]
+    errors: dict[Case, Exception] = {}
     for number in range(passes if batch else 0):
         if progress is not None:
             progress(number, len(batch))
         for one, found in zip(batch, parts, strict=True):
-            timings = time_interleaved(
-                one.calls, device=one.case.device, min_time_s=min_time_s / passes,
-                min_rounds=max(3, math.ceil(5 / passes)), max_time_s=max_time_s / passes,
-            )  # fmt: skip
+            if one.case in errors:
+                continue
+            try:
+                timings = time_interleaved(
+                    one.calls, device=one.case.device, min_time_s=min_time_s / passes,
+                    min_rounds=max(3, math.ceil(5 / passes)), max_time_s=max_time_s / passes,
+                )  # fmt: skip
+            except Exception as error:  # noqa: BLE001, it is handed on
+                errors[one.case] = error
+                continue
             for name, timing in timings.items():
                 found[name].append(timing)
     for one, found in zip(batch, parts, strict=True):
+        if one.case in errors:
+            yield one.case, errors[one.case]
+            continue
         timings = {name: _merged(some) for name, some in found.items()}
         yield one.case, {name: _result(one, name, timings, roofs) for name in one.refused}
 
