@@ -163,9 +163,10 @@ asked.write(bytes(size))
 granted = 2 * (number("AnonHugePages") - before) > size
 asked.close()
 
-assert not memory.prepared()
+before = [torch.ones(1 << 16, dtype=torch.uint8) for _ in range(2048)]  # too small to be mapped
+assert not memory.prepared() and memory.page_size() == "4 KiB"
 assert memory.prepare() and memory.prepared()
-tensors = [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(4)]
+tensors = [torch.ones(32 << 20, dtype=torch.uint8) for _ in range(2)]  # less than was there
 assert memory.page_size() == ("2 MiB" if granted else "4 KiB"), (granted, memory.page_size())
 resident = number("VmRSS", "/proc/self/status")
 del tensors

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import sys
 from pathlib import Path
 
 # mallopt(3). Negative: never trim the heap.
@@ -41,7 +42,7 @@ def prepare() -> bool:
         return False
     if not (mallopt(_MMAP_MAX, 0) == 1 and mallopt(_TRIM_THRESHOLD, -1) == 1):
         return False
-    _advise_heap(libc)
+    _advised()
     return True
 
 
@@ -51,8 +52,12 @@ def prepared() -> bool:
 
 
 def page_size() -> str | None:
-    """What most of the heap lies in: "2 MiB" (huge) or "4 KiB"; None where no kernel says."""
+    """What most of the heap lies in: "2 MiB" (huge) or "4 KiB"; None where no kernel says.
+
+    Once `prepare` was called it is asked of what was allocated since.
+    """
     resident = huge = 0
+    since, until = (prepared() and _advised()) or (0, sys.maxsize)
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
@@ -61,7 +66,8 @@ def page_size() -> str | None:
     for line in lines:
         name, _, rest = line.partition(":")
         if " " in name:  # the first line of a mapping: addresses, flags, what it is
-            heap = line.endswith("[heap]")
+            start, _, end = name.split()[0].partition("-")
+            heap = line.endswith("[heap]") and since <= int(start, 16) and int(end, 16) <= until
         elif heap and name in ("Rss", "AnonHugePages"):
             kib = int(rest.split()[0])
             resident, huge = resident + kib * (name == "Rss"), huge + kib * (name != "Rss")
@@ -70,11 +76,15 @@ def page_size() -> str | None:
     return f"{_HUGE_BYTES >> 20} MiB" if 2 * huge > resident else f"{mmap.PAGESIZE >> 10} KiB"
 
 
-def _advise_heap(libc: ctypes.CDLL) -> None:
-    """Grows the heap by a block that is never touched, and frees it: what comes lies there."""
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
+@functools.cache
+def _advised() -> tuple[int, int] | None:
+    """Grows the heap by a block that is never touched, and frees it: what comes lies there.
+
+    Its first and last address, in whole huge pages; None where the heap cannot be advised.
+    """
+    libc, advice = ctypes.CDLL(None), getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
     if advice is None:
-        return
+        return None
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes = (ctypes.c_size_t,)
     libc.sbrk.argtypes = (ctypes.c_ssize_t,)
@@ -85,9 +95,12 @@ def _advise_heap(libc: ctypes.CDLL) -> None:
     while libc.sbrk(size + _HUGE_BYTES) == ctypes.c_void_p(-1).value:
         size //= 2
         if size < _HUGE_BYTES:
-            return
+            return None
     libc.sbrk(-size - _HUGE_BYTES)
-    if block := libc.malloc(size):
-        start = -(-block // _HUGE_BYTES) * _HUGE_BYTES
-        libc.madvise(start, (block + size - start) // _HUGE_BYTES * _HUGE_BYTES, advice)
-        libc.free(block)
+    if not (block := libc.malloc(size)):
+        return None
+    start = -(-block // _HUGE_BYTES) * _HUGE_BYTES
+    end = (block + size) // _HUGE_BYTES * _HUGE_BYTES
+    libc.madvise(start, end - start, advice)
+    libc.free(block)
+    return start, end
