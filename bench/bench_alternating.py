@@ -34,8 +34,8 @@ ROWS, WIDTH = BATCH * LENGTH, HEADS * HEAD_DIM
 Call = Callable[[], object]
 
 
-# Ours and a stock op on as much memory. Outputs are there before: the allocator is not at issue.
-def attention(dtype: torch.dtype) -> tuple[Call, Call]:
+# Ours, a stock op on as much memory, and how much. Outputs are there before: no allocator at issue.
+def attention(dtype: torch.dtype) -> tuple[Call, Call, int]:
     q, k, v = (torch.randn(BATCH, LENGTH, HEADS, HEAD_DIM).to(dtype) for _ in range(3))
     out, lse = torch.empty_like(q), torch.empty(BATCH, HEADS, LENGTH)
     tail = None, None, LENGTH, LENGTH, None, None, out, lse, HEAD_DIM**-0.5, True, -1, -1, 0.0
@@ -43,33 +43,26 @@ def attention(dtype: torch.dtype) -> tuple[Call, Call]:
     return (
         lambda: _C.attention_fwd(q, k, v, *tail, threads=torch.get_num_threads()),
         lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True),
+        sum(t.nbytes for t in (q, k, v, out)),
     )
 
 
-def norm(dtype: torch.dtype) -> tuple[Call, Call]:
+def norm(dtype: torch.dtype) -> tuple[Call, Call, int]:
     x, weight, rstd = torch.randn(ROWS, WIDTH).to(dtype), torch.ones(WIDTH), torch.empty(ROWS)
     tail = None, torch.empty_like(x), None, rstd, 1e-6
     stock = torch.empty_like(x)
     return (
         lambda: _C.rms_norm_fwd(x, weight, *tail, threads=torch.get_num_threads()),
         lambda: torch.neg(x, out=stock),
+        x.nbytes + stock.nbytes,
     )
 
 
-def matmul(dtype: torch.dtype) -> Call:
-    """The first of a feed-forward layer."""
+def matmul(dtype: torch.dtype) -> tuple[Call, int]:
+    """The first of a feed-forward layer, and on how much memory."""
     a, b = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(WIDTH, 4 * WIDTH).to(dtype)
     out = torch.empty(ROWS, 4 * WIDTH, dtype=dtype)
-    return lambda: torch.mm(a, b, out=out)
-
-
-def bytes_of(make: Callable[[torch.dtype], object], dtype: torch.dtype) -> int:
-    """What one call reads and writes."""
-    sizes = {
-        attention: 4 * ROWS * WIDTH, norm: 2 * ROWS * WIDTH,
-        matmul: ROWS * WIDTH + 4 * WIDTH * WIDTH + 4 * ROWS * WIDTH,
-    }  # fmt: skip
-    return sizes[make] * dtype.itemsize
+    return lambda: torch.mm(a, b, out=out), a.nbytes + b.nbytes + out.nbytes
 
 
 def in_turn(first: Sequence[Call], second: Sequence[Call]) -> list[Call]:
@@ -86,18 +79,19 @@ def in_turn(first: Sequence[Call], second: Sequence[Call]) -> list[Call]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [attention, norm], ids=["attention", "rms_norm"])
 def test_alternating_with_a_matmul(make, dtype, benchmark):
+    one, stock_one, bytes_of_one = make(dtype)
+    multiply, bytes_of_matmul = matmul(dtype)
     if benchmark.disabled:
-        ours, stock = make(dtype)
-        for one in in_turn([ours, stock], [matmul(dtype)] * 2):
-            one()
-        benchmark.pedantic(ours)
+        for call in in_turn([one, stock_one], [multiply] * 2):
+            call()
+        benchmark.pedantic(one)
         return
     memory.prepare()
     # Alone, a set of operands comes again after as many bytes of others as in turn.
-    passed = SETS * (bytes_of(make, dtype) + bytes_of(matmul, dtype))
-    pairs = [make(dtype) for _ in range(math.ceil(passed / bytes_of(make, dtype)))]
-    ours, stock = (list(calls) for calls in zip(*pairs, strict=True))
-    matmuls = [matmul(dtype) for _ in range(math.ceil(passed / bytes_of(matmul, dtype)))]
+    passed = SETS * (bytes_of_one + bytes_of_matmul)
+    pairs = [make(dtype) for _ in range(math.ceil(passed / bytes_of_one))]
+    ours, stock = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    matmuls = [matmul(dtype)[0] for _ in range(math.ceil(passed / bytes_of_matmul))]
     with_ours = in_turn(ours[:SETS], matmuls[:SETS])
     calls = {
         "with_ours": with_ours, "ours": ours,

@@ -79,7 +79,7 @@ class Case:
 
     def call(self, backend: str, args: tuple) -> Callable[[], Any]:
         """One execution by that backend, without our dispatcher around it."""
-        found = backend_of(self.ops[0], backend)
+        found = _backend(self.ops[0], backend)
         args, run = peers.prepared(found, args), found.run
         if self.direction != "fwd_bwd":
             return lambda: run(*args)
@@ -107,14 +107,14 @@ class Case:
                 if name not in peers.NAMES:
                     error = accuracy.error_over_slack(checked, op.backend(name), one_args)
                 elif op is self.ops[0]:
-                    error = _formula_error(checked, backend_of(op, name), one_args)
+                    error = _formula_error(checked, _backend(op, name), one_args)
                 else:
                     continue
                 worst[name] = max(worst[name], error)
         return worst
 
     def why_not(self, backend: str, args: tuple) -> str | None:
-        return backend_of(self.ops[0], backend).why_not(*args)
+        return _backend(self.ops[0], backend).why_not(*args)
 
     def _make(self, op: Op) -> tuple:
         return op.shapes[self.shape].make(getattr(torch, self.dtype), self.device)
@@ -147,7 +147,7 @@ def cases(
                         yield Case(name, direction, shape, dtype, device)
 
 
-def backend_of(op: Op, name: str) -> Backend:
+def _backend(op: Op, name: str) -> Backend:
     return peers.find(op.name, name) or op.backend(name)
 
 
@@ -202,7 +202,7 @@ def _forward_backward(op: Op, backend: str, args: tuple) -> Callable[[], Any]:
         for a in args
     ]
     inputs = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
-    run = backend_of(op, backend).run if backend in PEERS else op
+    run = _backend(op, backend).run if backend in PEERS else op
     forced = None if backend in PEERS else {op.name: backend}
 
     def forward() -> torch.Tensor:
