@@ -46,7 +46,7 @@ class LanguageModel(nn.Module):
         )
 
     def hidden(self, idx: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, T) -> the residual stream before the final norm (B, T, d), and auxiliary losses."""
+        """(B, T) -> what the head reads, (B, T, d) after the final norm; and auxiliary losses."""
         raise NotImplementedError
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         self._check(idx, targets)
         x, aux = self.hidden(idx)
         weight = self.embed.weight if self.head is None else self.head.weight
-        logits = F.linear(self.final_norm(x), weight)
+        logits = F.linear(x, weight)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -123,13 +123,13 @@ class GPT(LanguageModel):
         x = self.embed(idx)
         if self.positions is not None:
             x = x + self.positions.weight[: idx.shape[1]]
-        x = self.dropout(x)
+        x, update = self.dropout(x), None
         losses = []
         for block in self.blocks:
-            x, aux = block(x, self.rotary)
+            x, update, aux = block(x, update, self.rotary)
             if aux is not None:
                 losses.append(aux)
-        return x, losses
+        return _add_and_norm(self.final_norm, x, update)[0], losses
 
     def _std(self, name: str, fan_in: int) -> float:
         # GPT-2: what is added to the residual stream is smaller, so that 2 L sums leave it near 1.
@@ -142,7 +142,10 @@ class GPT(LanguageModel):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x += attention(norm(x)), then x += mlp(norm(x)).
+
+    The last sum is left to whoever normalises next: RMSNorm adds while it reads.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -154,12 +157,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.balanced = config.balance == "aux"
 
-    def forward(self, x: Tensor, rotary: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotary))
+    def forward(
+        self, x: Tensor, update: Tensor | None, rotary: nn.Module | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream and what is still to be added to it, before and after the block."""
+        normed, x = _add_and_norm(self.attn_norm, x, update)
+        normed, x = _add_and_norm(self.mlp_norm, x, self.dropout(self.attn(normed, rotary)))
         if not self.balanced:
-            return x + self.dropout(self.mlp(self.mlp_norm(x))), None
-        y, aux = self.mlp(self.mlp_norm(x), return_aux=True)
-        return x + self.dropout(y), aux
+            return x, self.dropout(self.mlp(normed)), None
+        update, aux = self.mlp(normed, return_aux=True)
+        return x, self.dropout(update), aux
 
 
 class Attention(nn.Module):
@@ -203,7 +210,7 @@ class LSTM(LanguageModel):
         x = self.dropout(self.embed(idx))
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = self.dropout(layer(norm(x)))
-        return x, []
+        return self.final_norm(x), []
 
     def _std(self, name: str, fan_in: int) -> float:
         # The variance of the usual U(-1/sqrt(d), 1/sqrt(d)); 0.02 would leave the gates undecided.
@@ -260,6 +267,16 @@ def _norm(kind: str, config: GPTConfig) -> nn.Module:
     if kind == "rms_norm":
         return RMSNorm(config.d_model, config.norm_eps)
     return nn.Identity()
+
+
+def _add_and_norm(norm: nn.Module, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """norm(x + update) and x + update; x alone where there is no update yet."""
+    if update is None:
+        return norm(x), x
+    if isinstance(norm, RMSNorm):  # under autocast the update has 16 bits and x has not
+        return norm(update.to(x.dtype), residual=x)
+    x = x + update
+    return norm(x), x
 
 
 def _mlp(config: GPTConfig) -> nn.Module:

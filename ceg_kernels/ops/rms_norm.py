@@ -47,13 +47,16 @@ def reference_backward(dy, dh, h, weight, rstd, weight_offset):
 
 
 def cost(x, weight, residual, eps, weight_offset):
-    """4 FLOP an element: square, add, times rstd, times weight; 1 more for the residual."""
-    per_element = 4 if residual is None else 5
+    """4 FLOP an element: square, add, times rstd, times weight.
+
+    The sum with the residual is not among them: no residual sum of a model is counted, and one that
+    moves into this op must not change the model's FLOPs.
+    """
     tensors = 2 if residual is None else 4  # x, y; residual, residual_out
     weight_bytes = 0 if weight is None else weight.nbytes
     rows = arguments.rows(x)
     return Cost(
-        per_element * x.numel(),
+        4 * x.numel(),
         tensors * x.nbytes + weight_bytes + rows * native.math_dtype(x.dtype).itemsize,
     )
 
