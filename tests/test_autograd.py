@@ -11,6 +11,7 @@ import torch
 from devices import forced, on_each_device
 from numerics import as_tuple
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ceg_kernels import (
     OPS,
@@ -272,3 +273,53 @@ def test_routing_of_another_router_equals_ours():
 
 def _flat(out):
     return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+
+
+class _Seen(TorchDispatchMode):
+    """The names of our ops that reach the dispatcher below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ceg":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["gradients", "no gradients"])
+def test_a_mode_sees_the_ops_that_run_directly_without_one(wanted):
+    x = torch.randn(3, 8, requires_grad=wanted)
+    with _Seen() as seen:
+        y = rms_norm(x)
+        if wanted:
+            y.backward(torch.ones_like(y))
+    assert seen.names == ["rms_norm", "rms_norm_backward"][: 1 + wanted]
+    again = rms_norm(x)
+    assert torch.equal(again, y)
+    assert (again.grad_fn is not None) == wanted
+
+
+def test_lazily_negated_input_is_negated():
+    x = torch.randn(3, 8)
+    assert torch.equal(rms_norm(torch._neg_view(x)), rms_norm(-x))
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="ceg::rms_norm must be differentiated once only"):
+        torch.autograd.grad(rms_norm(x).sum(), x, create_graph=True)
+
+
+@on_each_device
+def test_outputs_can_be_changed_in_place(device, backend):
+    for op in OPS.values():
+        if op.backward is None:
+            continue
+        first, *rest = next(iter(op.samples(torch.float32, device))).args
+        with use_backend(forced(backend)):
+            for out in as_tuple(op(first.detach().requires_grad_(), *rest)):
+                assert not out._is_view(), op.name
+                if out.requires_grad:
+                    out.add_(1)

@@ -43,7 +43,7 @@ def rows(x: Tensor) -> int:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) as (rows, D) with dense rows; a copy only where strides leave no other way."""
-    return native.unit_stride(x.reshape(rows(x), x.shape[-1]))
+    return native.unit_stride(x if x.dim() == 2 else x.reshape(rows(x), x.shape[-1]))
 
 
 def maker(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:

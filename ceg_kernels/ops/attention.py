@@ -157,7 +157,7 @@ def run_native_backward(
     dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k,
     slopes, sink, scale, causal, left, right, softcap, *, launch,
 ):  # fmt: skip
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = map(native.empty_like, (q, k, v))
     dsink = None if sink is None else lse.new_empty(sink.shape)
     dout, q, k, v, out = map(launch.rows, (dout, q, k, v, out))
     lse = native.dense(lse)

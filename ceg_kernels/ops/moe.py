@@ -145,7 +145,7 @@ def run_native_combine(y, slots, sources, weights, *, launch):
 def run_native_combine_backward(dout, y, slots, sources, weights, *, launch):
     dout, y = native.unit_stride(dout), native.unit_stride(y)
     w = native.dense(weights.to(native.math_dtype(y.dtype)))
-    dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=w.dtype)
+    dy, dweights = native.empty_like(y), native.empty_like(w)
     launch("moe_combine_bwd", dout, y, sources, slots, w, dy, dweights)
     return dy, dweights.to(weights.dtype)
 

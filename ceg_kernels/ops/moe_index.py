@@ -76,7 +76,7 @@ def _shape(group: str, n: int, e: int, k: int) -> Shape:
 
 
 def run_native(expert_ids, num_experts, capacity, *, launch):
-    slots = expert_ids.new_empty(expert_ids.shape)
+    slots = native.empty_like(expert_ids)
     sources = expert_ids.new_empty(expert_ids.numel())
     offsets = expert_ids.new_empty(num_experts + 1)
     ids = native.dense(expert_ids)

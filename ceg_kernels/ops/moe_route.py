@@ -154,7 +154,7 @@ def run_native(logits, bias, top_k, score, renormalize, *, launch):
 
 def run_native_backward(dweights, logits, expert_ids, score, renormalize, *, launch):
     logits = native.unit_stride(logits)
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = native.empty_like(logits)
     dweights, ids = native.as_math(dweights, logits.dtype), native.dense(expert_ids)
     launch("moe_route_bwd", dweights, logits, ids, dlogits, score, renormalize)
     return dlogits

@@ -127,28 +127,28 @@ SHAPES = {
 
 
 def run_native(x, weight, residual, eps, weight_offset, *, launch):
-    h, r = arguments.as_rows(x), None if residual is None else arguments.as_rows(residual)
-    y = x.new_empty(h.shape)
-    total = x.new_empty(h.shape) if r is not None else None
-    rstd = x.new_empty(h.shape[0], dtype=native.math_dtype(x.dtype))
-    scale = launch.parameter(weight, x.dtype)
-    launch("rms_norm_fwd", h, scale, r, y, total, rstd, eps, weight_offset)
-    summed = x.new_empty(0) if total is None else total.view(x.shape)
-    return y.view(x.shape), summed, rstd.view(x.shape[:-1])
+    y, rstd = native.empty_like(x), x.new_empty(x.shape[:-1], dtype=native.math_dtype(x.dtype))
+    summed = x.new_empty(0) if residual is None else native.empty_like(x)
+    rows = arguments.as_rows
+    launch(
+        "rms_norm_fwd", rows(x), launch.parameter(weight, x.dtype),
+        None if residual is None else rows(residual), rows(y),
+        None if residual is None else rows(summed), rstd.view(-1), eps, weight_offset,
+    )  # fmt: skip
+    return y, summed, rstd
 
 
 def run_native_backward(dy, dh, h, weight, rstd, weight_offset, *, launch):
-    rows = arguments.as_rows(h)
-    dx = h.new_empty(rows.shape)
+    rows, dx = arguments.as_rows(h), native.empty_like(h)
     scale = launch.parameter(weight, h.dtype)
-    dweight = None if scale is None else scale.new_empty(scale.shape)
+    dweight = None if scale is None else native.empty_like(scale)
     columns = 0 if dweight is None else h.shape[-1]
     partials = launch.workspace("rms_norm_bwd", columns, torch.float32, rows)
     launch(
         "rms_norm_bwd", arguments.as_rows(dy), None if dh is None else arguments.as_rows(dh), rows,
-        scale, rstd.reshape(-1), dx, dweight, *partials, weight_offset,
+        scale, rstd.reshape(-1), arguments.as_rows(dx), dweight, *partials, weight_offset,
     )  # fmt: skip
-    return dx.view(h.shape), h.new_empty(0) if dweight is None else dweight.to(weight.dtype)
+    return dx, h.new_empty(0) if dweight is None else dweight.to(weight.dtype)
 
 
 def run_torch(x, weight, residual, eps, weight_offset):

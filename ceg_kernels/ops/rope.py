@@ -101,7 +101,7 @@ SHAPES = {
 
 def run_native(q, k, cos, sin, positions, interleaved, inverse, *, launch):
     q, k = native.unit_stride(q), native.unit_stride(k)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = native.empty_like(q), native.empty_like(k)
     cos, sin = native.as_math(cos, q.dtype), native.as_math(sin, q.dtype)
     positions = None if positions is None else positions.contiguous()
     launch("rope", q, k, cos, sin, positions, q_out, k_out, interleaved, inverse)

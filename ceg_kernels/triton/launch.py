@@ -115,4 +115,5 @@ def unit_stride(t: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) as (rows, D) with dense rows; a copy only where strides leave no other way."""
-    return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return unit_stride(flat)
