@@ -22,9 +22,10 @@ std::string tuple_text(const int64_t* sizes, int n) {
 
 template <class Int>
 void check_range_of(const char* name, const Tensor& t, int64_t low, int64_t high) {
-  const int64_t rows = t.ndim == 2 ? t.shape[0] : 1, columns = t.shape[t.ndim - 1];
+  const bool dense = t.ndim == 1 || t.stride[0] == t.shape[1];
+  const int64_t rows = dense ? 1 : t.shape[0], columns = dense ? t.numel() : t.shape[1];
   for (int64_t row = 0; row < rows; ++row) {
-    const Int* values = t.ptr<Int>() + (t.ndim == 2 ? row * t.stride[0] : 0);
+    const Int* values = t.ptr<Int>() + (dense ? 0 : row * t.stride[0]);
     // Without a branch per element, so that it runs at the speed of memory.
     Int smallest = values[0], largest = values[0];
     for (int64_t i = 1; i < columns; ++i) {

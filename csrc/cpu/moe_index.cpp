@@ -17,7 +17,8 @@ void moe_index(const Tensor& expert_ids, const Tensor& slots, const Tensor& sour
   check_rows("expert_ids", expert_ids);
   check_like("slots", slots, expert_ids);
   check_output("slots", slots);
-  const int64_t choices = expert_ids.numel(), top_k = expert_ids.shape[1];
+  const int64_t tokens = expert_ids.shape[0], top_k = expert_ids.shape[1];
+  const int64_t choices = tokens * top_k;
   check_shape("sources", sources, {choices});
   check_dtype("sources", sources, {DType::i32});
   check_output("sources", sources);
@@ -32,18 +33,19 @@ void moe_index(const Tensor& expert_ids, const Tensor& slots, const Tensor& sour
   kernels(isa);  // refuses an unknown level here as everywhere
 
   const int64_t limit = capacity < 0 ? INT32_MAX : capacity;
-  const auto id = [&](int64_t choice) {
-    return expert_ids.ptr<int32_t>()[choice / top_k * expert_ids.stride[0] + choice % top_k];
-  };
-  const auto slot = [&](int64_t choice) -> int32_t& {
-    return slots.ptr<int32_t>()[choice / top_k * slots.stride[0] + choice % top_k];
-  };
 
-  // Consecutive chunks of choices, one a thread; any number of them gives the same order.
+  // Consecutive chunks of tokens, one a thread; any number of them gives the same order.
   const int64_t chunks = threads_for(expert_ids, threads);
   std::vector<int32_t> ranks(chunks * experts, 0);  // (chunk, expert)
-  int32_t* offset = offsets.ptr<int32_t>();
-  const auto chunk_start = [&](int64_t chunk) { return choices * chunk / chunks; };
+  int32_t* const offset = offsets.ptr<int32_t>();
+  int32_t* const source = sources.ptr<int32_t>();
+  // visit(choices of token n, their slots, n)
+  const auto for_tokens = [&](int64_t chunk, auto visit) {
+    for (int64_t n = tokens * chunk / chunks; n < tokens * (chunk + 1) / chunks; ++n) {
+      visit(expert_ids.ptr<int32_t>() + n * expert_ids.stride[0],
+            slots.ptr<int32_t>() + n * slots.stride[0], n);
+    }
+  };
 
 #pragma omp parallel num_threads(static_cast<int>(chunks))
   {
@@ -51,7 +53,9 @@ void moe_index(const Tensor& expert_ids, const Tensor& slots, const Tensor& sour
 #pragma omp for schedule(static, 1)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       int32_t* count = ranks.data() + chunk * experts;
-      for (int64_t c = chunk_start(chunk); c < chunk_start(chunk + 1); ++c) ++count[id(c)];
+      for_tokens(chunk, [&](const int32_t* ids, int32_t*, int64_t) {
+        for (int64_t k = 0; k < top_k; ++k) ++count[ids[k]];
+      });
     }
 
     // Scan: counts become the number of choices of the same expert in the chunks before.
@@ -73,14 +77,16 @@ void moe_index(const Tensor& expert_ids, const Tensor& slots, const Tensor& sour
 #pragma omp for schedule(static, 1) nowait
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       int32_t* rank = ranks.data() + chunk * experts;
-      for (int64_t c = chunk_start(chunk); c < chunk_start(chunk + 1); ++c) {
-        const int32_t expert = id(c), r = rank[expert]++;
-        slot(c) = r < limit ? offset[expert] + r : -1;
-        if (r < limit) sources.ptr<int32_t>()[slot(c)] = static_cast<int32_t>(c);
-      }
+      for_tokens(chunk, [&](const int32_t* ids, int32_t* slot, int64_t n) {
+        for (int64_t k = 0; k < top_k; ++k) {
+          const int32_t r = rank[ids[k]]++;
+          slot[k] = r < limit ? offset[ids[k]] + r : -1;
+          if (r < limit) source[slot[k]] = static_cast<int32_t>(n * top_k + k);
+        }
+      });
     }
 #pragma omp for schedule(static)
-    for (int64_t row = offset[experts]; row < choices; ++row) sources.ptr<int32_t>()[row] = -1;
+    for (int64_t row = offset[experts]; row < choices; ++row) source[row] = -1;
   }
 }
 

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <limits>
 
 #include "moe.h"
@@ -42,52 +43,95 @@ void score_row(const C* logits, C* scores, int64_t experts, Score score) {
   for (int64_t i = 0; i < experts; i += kLanes<C>) store(scores + i, load<C>(scores + i) / total);
 }
 
-// Index of the largest key that is not -inf, the lowest of equal ones; -1 if there is none.
+// The top k of as many tokens as a vector has lanes, one a lane: experts come one after the other
+// and are sorted into lists of the best so far.
 template <class C>
-int64_t argmax(const C* keys, int64_t n) {
-  using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
-  Vec<C> best = broadcast(-kInfinity<C>);
-  Vec<I> block = broadcast(I{-1});
-  for (int64_t i = 0; i < n; i += kLanes<C>) {
-    const Vec<C> v = load<C>(keys + i);
-    block = v > best ? broadcast(static_cast<I>(i)) : block;
-    best = v > best ? v : best;
-  }
-  const C highest = reduce_max(best);
-  if (highest == -kInfinity<C>) return -1;
-  int64_t index = n;
-  for (int lane = 0; lane < kLanes<C>; ++lane) {
-    const int64_t candidate = block[lane] + lane;
-    if (best[lane] == highest && candidate < index) index = candidate;
-  }
-  return index;
-}
+class Choice {
+  using Index = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  static constexpr int kL = kLanes<C>;
 
-// Takes the top k of the keys, which it destroys.
-template <class C>
-void choose(C* keys, int64_t experts, int32_t* ids, int64_t top_k) {
-  for (int64_t k = 0; k < top_k; ++k) {
-    int64_t best = argmax(keys, experts);
-    if (best < 0) {
-      // Only experts at -inf are left: the lowest that has not been taken.
-      const auto taken = [&](int64_t e) {
-        for (int64_t j = 0; j < k; ++j) {
-          if (ids[j] == e) return true;
-        }
-        return false;
-      };
-      for (best = 0; taken(best);) ++best;
+ public:
+  explicit Choice(int64_t top_k) : top_k_(top_k), best_(top_k * kL), index_(top_k * kL) {}
+
+  // keys: [kL][width], width >= experts in whole vectors.
+  void choose(const C* keys, int64_t width, int64_t experts) {
+    for (int64_t k = 0; k < top_k_; ++k) {
+      store(best_.data() + k * kL, broadcast(-kInfinity<C>));
+      store(index_.data() + k * kL, broadcast(Index{-1}));
     }
-    ids[k] = static_cast<int32_t>(best);
-    keys[best] = -kInfinity<C>;
+    for (int64_t first = 0; first < experts; first += kL) {
+      Vec<C> columns[kL];
+      for (int t = 0; t < kL; ++t) columns[t] = load<C>(keys + t * width + first);
+      transpose(columns);
+      const int64_t count = experts - first < kL ? experts - first : kL;
+      for (int64_t e = 0; e < count; ++e) insert(columns[e], static_cast<Index>(first + e));
+    }
   }
-}
+
+  // Of the token in `lane`.
+  void take(int lane, int32_t* ids) {
+    for (int64_t k = 0; k < top_k_; ++k) {
+      const Index id = index_.data()[k * kL + lane];
+      ids[k] = id < 0 ? lowest_left(ids, k) : static_cast<int32_t>(id);
+    }
+  }
+
+ private:
+  // Behind its equals, which have lower indices; whom it overtakes moves down by one.
+  void insert(Vec<C> key, Index expert) {
+    Vec<Index> id = broadcast(expert);
+    auto overtaken = key != key;  // none: keys are numbers
+    for (int64_t k = 0; k < top_k_; ++k) {
+      C* const best = best_.data() + k * kL;
+      Index* const index = index_.data() + k * kL;
+      const Vec<C> other = load<C>(best);
+      Vec<Index> other_id;
+      std::memcpy(&other_id, index, sizeof other_id);
+      overtaken |= key > other;
+      store(best, overtaken ? key : other);
+      store(index, overtaken ? id : other_id);
+      key = overtaken ? other : key;
+      id = overtaken ? other_id : id;
+    }
+  }
+
+  // Experts at -inf are in no list: the lowest that has not been taken.
+  static int32_t lowest_left(const int32_t* ids, int64_t taken) {
+    int32_t expert = 0;
+    for (int64_t k = 0; k < taken;) {
+      if (ids[k++] == expert) ++expert, k = 0;
+    }
+    return expert;
+  }
+
+  int64_t top_k_;
+  Scratch<C> best_;
+  Scratch<Index> index_;
+};
 
 template <class C>
-struct RowBuffers {
-  explicit RowBuffers(int64_t experts)
-      : logits(experts + kLanes<C>), scores(experts + kLanes<C>), keys(experts + kLanes<C>) {}
-  Scratch<C> logits, scores, keys;
+struct Row {
+  C *logits, *scores, *keys;  // of all experts, in whole vectors
+};
+
+template <class C>
+class RowBuffers {
+ public:
+  RowBuffers(int64_t rows, int64_t experts)
+      : width_((experts + kLanes<C> - 1) / kLanes<C> * kLanes<C>),
+        logits_(rows * width_),
+        scores_(rows * width_),
+        keys_(rows * width_) {
+    for (int64_t i = 0; i < rows * width_; ++i) keys_.data()[i] = 0;  // rows past the last token
+  }
+  int64_t width() const { return width_; }
+  Row<C> row(int64_t r) {
+    return {logits_.data() + r * width_, scores_.data() + r * width_, keys_.data() + r * width_};
+  }
+
+ private:
+  int64_t width_;
+  Scratch<C> logits_, scores_, keys_;
 };
 
 template <class S, class C>
@@ -97,30 +141,28 @@ void load_row(const S* from, C* to, int64_t n) {
 }
 
 template <class C>
-void fill_keys(RowBuffers<C>& row, const C* bias, int64_t experts) {
-  C* keys = row.keys.data();
+void fill_keys(const Row<C>& row, const C* bias, int64_t experts) {
   for_each_vec<C>(experts, [&](int64_t i, int64_t n) {
-    Vec<C> key = load<C>(row.logits.data() + i);
-    if (bias) key = load<C>(row.scores.data() + i) + load_n<C>(bias + i, n);
+    Vec<C> key = load<C>(row.logits + i);
+    if (bias) key = load<C>(row.scores + i) + load_n<C>(bias + i, n);
     // NaN sorts first, as in torch.
-    store(keys + i, key == key ? key : broadcast(kInfinity<C>));
+    store(row.keys + i, key == key ? key : broadcast(kInfinity<C>));
   });
-  for (int64_t i = experts; i % kLanes<C>; ++i) keys[i] = -kInfinity<C>;
 }
 
 // Scores of the chosen experts in type W. With renormalisation softmax needs only their own maximum
 // and sum.
 template <class C, class W>
-void weigh(RowBuffers<C>& row, const int32_t* ids, W* weights, int64_t top_k, Score score,
+void weigh(const Row<C>& row, const int32_t* ids, W* weights, int64_t top_k, Score score,
            bool renormalize) {
-  const C* logits = row.logits.data();
+  const C* logits = row.logits;
   W highest = logits[ids[0]], sum = 0;
   for (int64_t k = 1; k < top_k; ++k) highest = logits[ids[k]] > highest ? logits[ids[k]] : highest;
   for (int64_t k = 0; k < top_k; ++k) {
     const W logit = logits[ids[k]];
     weights[k] = score == Score::sigmoid ? sigmoid<W>(broadcast(logit))[0]
                  : renormalize           ? exp(broadcast(logit - highest))[0]
-                                         : row.scores.data()[ids[k]];
+                                         : row.scores[ids[k]];
     sum += weights[k];
   }
   if (!renormalize) return;
@@ -140,18 +182,28 @@ void route(const MoeRouteArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     const DenormalsOff guard;
-    RowBuffers<C> row(experts);
+    constexpr int kL = kLanes<C>;
+    RowBuffers<C> rows(kL, experts);
+    Choice<C> choice(top_k);
     Scratch<int32_t> counts(experts);
     for (int64_t e = 0; e < experts; ++e) counts.data()[e] = 0;
 #pragma omp for schedule(static) nowait
-    for (int64_t n = 0; n < tokens; ++n) {
-      int32_t* ids = a.expert_ids.ptr<int32_t>() + n * a.expert_ids.stride[0];
-      load_row(a.logits.ptr<S>() + n * a.logits.stride[0], row.logits.data(), experts);
-      if (all_scores) score_row(row.logits.data(), row.scores.data(), experts, a.score);
-      fill_keys(row, bias, experts);
-      choose(row.keys.data(), experts, ids, top_k);
-      weigh(row, ids, a.weights.ptr<C>() + n * a.weights.stride[0], top_k, a.score, a.renormalize);
-      for (int64_t k = 0; k < top_k; ++k) ++counts.data()[ids[k]];
+    for (int64_t first = 0; first < tokens; first += kL) {
+      const int count = static_cast<int>(std::min<int64_t>(kL, tokens - first));
+      for (int t = 0; t < count; ++t) {
+        const Row<C> row = rows.row(t);
+        load_row(a.logits.ptr<S>() + (first + t) * a.logits.stride[0], row.logits, experts);
+        if (all_scores) score_row(row.logits, row.scores, experts, a.score);
+        fill_keys(row, bias, experts);
+      }
+      choice.choose(rows.row(0).keys, rows.width(), experts);
+      for (int t = 0; t < count; ++t) {
+        int32_t* ids = a.expert_ids.ptr<int32_t>() + (first + t) * a.expert_ids.stride[0];
+        C* weights = a.weights.ptr<C>() + (first + t) * a.weights.stride[0];
+        choice.take(t, ids);
+        weigh(rows.row(t), ids, weights, top_k, a.score, a.renormalize);
+        for (int64_t k = 0; k < top_k; ++k) ++counts.data()[ids[k]];
+      }
     }
     // Integers: the order of the threads does not matter.
     for (int64_t e = 0; e < experts; ++e) {
@@ -164,24 +216,23 @@ void route(const MoeRouteArgs& a) {
 // Gradient of one row. Only softmax without renormalisation reaches experts that were not chosen.
 // The few values of the chosen experts are kept in double: their differences cancel.
 template <class S, class C>
-void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, RowBuffers<C>& row, double* weights) {
+void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, const Row<C>& row, double* weights) {
   const int64_t experts = a.logits.shape[1], top_k = a.dweights.shape[1];
   const C* dweights = a.dweights.ptr<C>() + n * a.dweights.stride[0];
   const int32_t* ids = a.expert_ids.ptr<int32_t>() + n * a.expert_ids.stride[0];
   const bool dense = a.score == Score::softmax && !a.renormalize;
-  C* scores = row.scores.data();
-  C* dlogits = row.keys.data();
+  C *const scores = row.scores, *const dlogits = row.keys;
 
   // Weights and <dweights, weights>, as in the forward.
-  load_row(a.logits.ptr<S>() + n * a.logits.stride[0], row.logits.data(), experts);
-  if (dense) score_row(row.logits.data(), scores, experts, a.score);
+  load_row(a.logits.ptr<S>() + n * a.logits.stride[0], row.logits, experts);
+  if (dense) score_row(row.logits, scores, experts, a.score);
   weigh(row, ids, weights, top_k, a.score, a.renormalize);
   double along = 0, sum = 1;
   for (int64_t k = 0; k < top_k; ++k) along += dweights[k] * weights[k];
   if (a.score == Score::sigmoid && a.renormalize) {
     sum = 0;  // of the chosen scores before renormalisation
     for (int64_t k = 0; k < top_k; ++k) {
-      sum += sigmoid<double>(broadcast<double>(row.logits.data()[ids[k]]))[0];
+      sum += sigmoid<double>(broadcast<double>(row.logits[ids[k]]))[0];
     }
   }
 
@@ -214,11 +265,11 @@ void route_backward(const MoeRouteBwdArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     const DenormalsOff guard;
-    RowBuffers<C> row(a.logits.shape[1]);
+    RowBuffers<C> rows(1, a.logits.shape[1]);
     Scratch<double> weights(a.dweights.shape[1]);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.logits.shape[0]; ++n) {
-      route_row_backward<S>(a, n, row, weights.data());
+      route_row_backward<S>(a, n, rows.row(0), weights.data());
     }
   }
 }

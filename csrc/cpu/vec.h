@@ -406,4 +406,20 @@ inline V reduce_each(V* rows, Combine combine) {
   return rows[0];
 }
 
+// Lane i of the result's row r is lane r of row i. log2(lanes) rounds of a perfect shuffle.
+template <class V>
+inline void transpose(V* rows) {
+  constexpr int lanes = kLanes<Scalar<V>>;
+  V next[lanes];
+  for (int round = 1; round < lanes; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + lanes / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
 }  // namespace ceg::CEG_ISA
