@@ -1,6 +1,7 @@
 """Choosing a backend: forcing, refusing with reasons, explaining; and who imports whom."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,22 @@ def test_what_loads_torch(code, printed):
         [sys.executable, "-c", helper + code], check=True, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.strip() == printed
+
+
+def test_what_a_call_costs_is_said_for_every_public_op_with_and_without_gradients():
+    done = subprocess.run(
+        [sys.executable, "tools/call_overhead.py", "--json"], cwd=ROOT, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    public = {name for name in ceg_kernels.__all__ if name in OPS} | {"flash_attention"}
+    assert {(row["call"], row["gradients"]) for row in rows} == {
+        (op, wanted) for op in public for wanted in (False, True)
+    }
+    # Of all calls together: one alone may have met another process.
+    plain, differentiable = (
+        sum(row["host_us"] for row in rows if row["gradients"] is wanted)
+        for wanted in (False, True)
+    )
+    assert 0 < plain < differentiable

@@ -135,6 +135,31 @@ def test_isa_levels_agree(run, isa):
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("experts", "top_k"), [(21, 5), (3, 3), (16, 1), (40, 40)])
+def test_experts_in_the_order_of_torch_sort(isa, dtype, experts, top_k):
+    """NaN above infinity, zeros equal, the lower index of equal ones first, -inf last."""
+    numbers = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -2.5], dtype)
+    tokens = 35  # three vectors of some level, the last in part
+    logits = np.random.default_rng(0).choice(numbers, (tokens, experts))
+    logits[3], logits[4] = -np.inf, 1.0
+    wide = np.float64 if dtype == np.float64 else np.float32
+    ids, counts = np.empty((tokens, top_k), np.int32), np.empty(experts, np.int32)
+    weights = empty(tokens, top_k, dtype=wide)
+    _C.moe_route(logits, None, weights, ids, counts, "sigmoid", False, isa=isa)
+    # lexsort is stable and takes its last key first; NaN is the only number unequal to itself.
+    number = np.nan_to_num(logits.astype(wide), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    expected = np.stack(
+        [np.lexsort((-n, row == row)) for n, row in zip(number, logits, strict=True)]
+    )
+    np.testing.assert_array_equal(ids, expected[:, :top_k])
+    np.testing.assert_array_equal(counts, np.bincount(ids.ravel(), minlength=experts))
+    chosen = np.take_along_axis(logits.astype(wide), ids, 1)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(weights, 1 / (1 + np.exp(-chosen)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_numpy_dtypes(dtype):
     x = Inputs().floats(5, 40, dtype=dtype)

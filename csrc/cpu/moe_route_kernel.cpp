@@ -43,75 +43,79 @@ void score_row(const C* logits, C* scores, int64_t experts, Score score) {
   for (int64_t i = 0; i < experts; i += kLanes<C>) store(scores + i, load<C>(scores + i) / total);
 }
 
+template <class C>
+using Rank = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+
+// Integers in the order of torch.sort: NaN above infinity, the zeros equal.
+template <class C>
+Vec<Rank<C>> rank_of(Vec<C> key) {
+  const Vec<C> one_of_each =
+      key == key ? key + C{0} : broadcast(std::numeric_limits<C>::quiet_NaN());
+  const auto bits = reinterpret_cast<Vec<Rank<C>>>(one_of_each);
+  constexpr int sign = 8 * sizeof(C) - 1;
+  return bits ^ ((bits >> sign) & std::numeric_limits<Rank<C>>::max());
+}
+
 // The top k of as many tokens as a vector has lanes, one a lane: experts come one after the other
 // and are sorted into lists of the best so far.
 template <class C>
 class Choice {
-  using Index = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
   static constexpr int kL = kLanes<C>;
 
  public:
-  explicit Choice(int64_t top_k) : top_k_(top_k), best_(top_k * kL), index_(top_k * kL) {}
+  explicit Choice(int64_t top_k) : top_k_(top_k), best_(top_k * kL), expert_(top_k * kL) {}
 
-  // keys: [kL][width], width >= experts in whole vectors.
-  void choose(const C* keys, int64_t width, int64_t experts) {
+  // ranks: [kL][width], width >= experts in whole vectors.
+  void choose(const Rank<C>* ranks, int64_t width, int64_t experts) {
     for (int64_t k = 0; k < top_k_; ++k) {
-      store(best_.data() + k * kL, broadcast(-kInfinity<C>));
-      store(index_.data() + k * kL, broadcast(Index{-1}));
+      store(best_.data() + k * kL, broadcast(std::numeric_limits<Rank<C>>::min()));
     }
     for (int64_t first = 0; first < experts; first += kL) {
-      Vec<C> columns[kL];
-      for (int t = 0; t < kL; ++t) columns[t] = load<C>(keys + t * width + first);
+      Vec<Rank<C>> columns[kL];
+      for (int t = 0; t < kL; ++t) columns[t] = load_rank(ranks + t * width + first);
       transpose(columns);
       const int64_t count = experts - first < kL ? experts - first : kL;
-      for (int64_t e = 0; e < count; ++e) insert(columns[e], static_cast<Index>(first + e));
+      for (int64_t e = 0; e < count; ++e) insert(columns[e], static_cast<Rank<C>>(first + e));
     }
   }
 
   // Of the token in `lane`.
   void take(int lane, int32_t* ids) {
     for (int64_t k = 0; k < top_k_; ++k) {
-      const Index id = index_.data()[k * kL + lane];
-      ids[k] = id < 0 ? lowest_left(ids, k) : static_cast<int32_t>(id);
+      ids[k] = static_cast<int32_t>(expert_.data()[k * kL + lane]);
     }
   }
 
  private:
-  // Behind its equals, which have lower indices; whom it overtakes moves down by one.
-  void insert(Vec<C> key, Index expert) {
-    Vec<Index> id = broadcast(expert);
-    auto overtaken = key != key;  // none: keys are numbers
-    for (int64_t k = 0; k < top_k_; ++k) {
-      C* const best = best_.data() + k * kL;
-      Index* const index = index_.data() + k * kL;
-      const Vec<C> other = load<C>(best);
-      Vec<Index> other_id;
-      std::memcpy(&other_id, index, sizeof other_id);
-      overtaken |= key > other;
-      store(best, overtaken ? key : other);
-      store(index, overtaken ? id : other_id);
-      key = overtaken ? other : key;
-      id = overtaken ? other_id : id;
-    }
+  static Vec<Rank<C>> load_rank(const Rank<C>* p) {
+    Vec<Rank<C>> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
   }
 
-  // Experts at -inf are in no list: the lowest that has not been taken.
-  static int32_t lowest_left(const int32_t* ids, int64_t taken) {
-    int32_t expert = 0;
-    for (int64_t k = 0; k < taken;) {
-      if (ids[k++] == expert) ++expert, k = 0;
+  // Behind its equals, which have lower indices; whom it overtakes moves down by one.
+  void insert(Vec<Rank<C>> rank, Rank<C> number) {
+    Vec<Rank<C>> expert = broadcast(number), overtaken = {};
+    for (int64_t k = 0; k < top_k_; ++k) {
+      Rank<C>* const best = best_.data() + k * kL;
+      Rank<C>* const its_expert = expert_.data() + k * kL;
+      const Vec<Rank<C>> other = load_rank(best), other_expert = load_rank(its_expert);
+      overtaken |= rank > other;
+      store(best, overtaken ? rank : other);
+      store(its_expert, overtaken ? expert : other_expert);
+      rank = overtaken ? other : rank;
+      expert = overtaken ? other_expert : expert;
     }
-    return expert;
   }
 
   int64_t top_k_;
-  Scratch<C> best_;
-  Scratch<Index> index_;
+  Scratch<Rank<C>> best_, expert_;
 };
 
 template <class C>
-struct Row {
-  C *logits, *scores, *keys;  // of all experts, in whole vectors
+struct Row {  // of all experts, in whole vectors
+  C *logits, *scores;
+  Rank<C>* ranks;
 };
 
 template <class C>
@@ -121,17 +125,18 @@ class RowBuffers {
       : width_((experts + kLanes<C> - 1) / kLanes<C> * kLanes<C>),
         logits_(rows * width_),
         scores_(rows * width_),
-        keys_(rows * width_) {
-    for (int64_t i = 0; i < rows * width_; ++i) keys_.data()[i] = 0;  // rows past the last token
+        ranks_(rows * width_) {
+    for (int64_t i = 0; i < rows * width_; ++i) ranks_.data()[i] = 0;  // rows past the last token
   }
   int64_t width() const { return width_; }
   Row<C> row(int64_t r) {
-    return {logits_.data() + r * width_, scores_.data() + r * width_, keys_.data() + r * width_};
+    return {logits_.data() + r * width_, scores_.data() + r * width_, ranks_.data() + r * width_};
   }
 
  private:
   int64_t width_;
-  Scratch<C> logits_, scores_, keys_;
+  Scratch<C> logits_, scores_;
+  Scratch<Rank<C>> ranks_;
 };
 
 template <class S, class C>
@@ -141,12 +146,11 @@ void load_row(const S* from, C* to, int64_t n) {
 }
 
 template <class C>
-void fill_keys(const Row<C>& row, const C* bias, int64_t experts) {
+void fill_ranks(const Row<C>& row, const C* bias, int64_t experts) {
   for_each_vec<C>(experts, [&](int64_t i, int64_t n) {
     Vec<C> key = load<C>(row.logits + i);
     if (bias) key = load<C>(row.scores + i) + load_n<C>(bias + i, n);
-    // NaN sorts first, as in torch.
-    store(row.keys + i, key == key ? key : broadcast(kInfinity<C>));
+    store(row.ranks + i, rank_of<C>(key));
   });
 }
 
@@ -194,9 +198,9 @@ void route(const MoeRouteArgs& a) {
         const Row<C> row = rows.row(t);
         load_row(a.logits.ptr<S>() + (first + t) * a.logits.stride[0], row.logits, experts);
         if (all_scores) score_row(row.logits, row.scores, experts, a.score);
-        fill_keys(row, bias, experts);
+        fill_ranks(row, bias, experts);
       }
-      choice.choose(rows.row(0).keys, rows.width(), experts);
+      choice.choose(rows.row(0).ranks, rows.width(), experts);
       for (int t = 0; t < count; ++t) {
         int32_t* ids = a.expert_ids.ptr<int32_t>() + (first + t) * a.expert_ids.stride[0];
         C* weights = a.weights.ptr<C>() + (first + t) * a.weights.stride[0];
@@ -216,12 +220,13 @@ void route(const MoeRouteArgs& a) {
 // Gradient of one row. Only softmax without renormalisation reaches experts that were not chosen.
 // The few values of the chosen experts are kept in double: their differences cancel.
 template <class S, class C>
-void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, const Row<C>& row, double* weights) {
+void route_row_backward(const MoeRouteBwdArgs& a, int64_t n, const Row<C>& row, double* weights,
+                        C* dlogits) {
   const int64_t experts = a.logits.shape[1], top_k = a.dweights.shape[1];
   const C* dweights = a.dweights.ptr<C>() + n * a.dweights.stride[0];
   const int32_t* ids = a.expert_ids.ptr<int32_t>() + n * a.expert_ids.stride[0];
   const bool dense = a.score == Score::softmax && !a.renormalize;
-  C *const scores = row.scores, *const dlogits = row.keys;
+  C* const scores = row.scores;
 
   // Weights and <dweights, weights>, as in the forward.
   load_row(a.logits.ptr<S>() + n * a.logits.stride[0], row.logits, experts);
@@ -266,10 +271,11 @@ void route_backward(const MoeRouteBwdArgs& a) {
   {
     const DenormalsOff guard;
     RowBuffers<C> rows(1, a.logits.shape[1]);
+    Scratch<C> dlogits(rows.width());
     Scratch<double> weights(a.dweights.shape[1]);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < a.logits.shape[0]; ++n) {
-      route_row_backward<S>(a, n, rows.row(0), weights.data());
+      route_row_backward<S>(a, n, rows.row(0), weights.data(), dlogits.data());
     }
   }
 }
