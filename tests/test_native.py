@@ -136,6 +136,20 @@ def test_isa_levels_agree(run, isa):
 
 
 @pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_in_place(isa, dtype, interleaved):
+    inputs = Inputs()
+    q, k = inputs.floats(2, 65, 5, 46, dtype=dtype), inputs.floats(2, 65, 1, 46, dtype=dtype)
+    cos, sin = inputs.floats(65, 21), inputs.floats(65, 21)  # four columns are only copied
+    apart = empty(*q.shape, dtype=dtype), empty(*k.shape, dtype=dtype)
+    _C.rope(q, k, cos, sin, None, *apart, interleaved, inverse=True, isa=isa)
+    _C.rope(q, k, cos, sin, None, q, k, interleaved, inverse=True, isa=isa)
+    np.testing.assert_array_equal(q, apart[0])
+    np.testing.assert_array_equal(k, apart[1])
+
+
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize(("experts", "top_k"), [(21, 5), (3, 3), (16, 1), (40, 40)])
 def test_experts_in_the_order_of_torch_sort(isa, dtype, experts, top_k):
