@@ -78,6 +78,8 @@ def run_roofline(parsed: argparse.Namespace) -> int:
     from ceg_kernels.measure import page
     from ceg_kernels.measure.plot import roofline_figure
 
+    if parsed.out is not None and parsed.out.suffix not in (".html", ".svg", ".png", ".pdf"):
+        raise ValueError(f"--out must end in .html, .svg, .png or .pdf, got {parsed.out}")
     machines = newest_rows(parsed.results)
     out = parsed.out or parsed.results.with_suffix(".svg")
     if out.suffix != ".html":

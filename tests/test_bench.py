@@ -244,6 +244,14 @@ def test_roofline_refuses_what_is_no_row(tmp_path):
         newest_rows(results)
 
 
+def test_roofline_refuses_a_name_that_says_no_format(tmp_path):
+    results = tmp_path / "machine.jsonl"
+    results.write_text(json.dumps(_row()) + "\n")
+    with pytest.raises(ValueError, match=r"--out must end in .html, .svg, .png or .pdf, got .*fig"):
+        ceg("roofline", str(results), f"--out={tmp_path / 'figure'}")
+    assert list(tmp_path.iterdir()) == [results]
+
+
 def test_bench_hands_the_rest_to_pytest(monkeypatch):
     seen = []
     done = subprocess.CompletedProcess((), 3)
