@@ -342,6 +342,14 @@ def test_bad_values_stay_with_who_sees_them(bad, at):
         assert out[0, at:].isnan().all()
 
 
+def test_a_head_of_one_element_need_not_be_dense():
+    # Its last stride means nothing to torch, and everything to a descriptor.
+    q, k, v = (normal(1, 37, 2, 8, seed=i).bfloat16()[..., ::8] for i in range(3))
+    assert q.stride(-1) == 8
+    args = q, k, v, *tail(37, 37, causal=True)
+    assert compare(ATTENTION, forward(*args), args) <= 1
+
+
 def test_rows_that_see_nothing():
     # Tq > Tk under a causal mask: the first 60 queries are blind.
     q, dout = normal(1, 200, 2, 16), normal(1, 200, 2, 16, seed=1)

@@ -36,7 +36,7 @@ from ceg_kernels.triton.attention_problem import (
     problem_of,
     strides,
 )
-from ceg_kernels.triton.launch import cdiv, gpu_of, launch, unit_stride
+from ceg_kernels.triton.launch import cdiv, empty_like, gpu_of, launch, unit_stride
 
 # Of the partial sums of dQ. Where they would need more the pairs are visited twice.
 MOST_BYTES = 2**29
@@ -54,7 +54,7 @@ def backward(
     at_lse = lse_strides(lse, packed)
     delta = _delta(dout, out, dlse, lse, packed, p)
     dsink = lse.new_zeros(0) if sink is None else _dsink(lse, delta, p.sink, at_lse, packed)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     gpu = gpu_of(q)
     tile = p.tile("bwd", gpu)
     splits = splits_of(tile, p, q)
@@ -150,7 +150,7 @@ def _delta(dout, out, dlse, lse, packed, p):
 
 
 def _dsink(lse, delta, sink, at_lse, packed):
-    dsink = lse.new_empty(sink.shape)
+    dsink = empty_like(sink)
     batch = 1 if packed else lse.shape[0]
     launch(
         attention_bwd_dsink_kernel, (sink.numel(),),

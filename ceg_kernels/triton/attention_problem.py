@@ -111,7 +111,9 @@ def described(tensors, rows: int, p: Problem, gpu: Gpu) -> list[TensorDescriptor
     for t in tensors:
         t4 = (t if t.dim() == 4 else t[None]).transpose(1, 2)
         shape, stride = t4.shape, t4.stride()
-        apart = min(stride[:-1]) > 0 and not (stride[0] | stride[1] | stride[2]) % 8
+        apart = (
+            stride[-1] == 1 and min(stride[:-1]) > 0 and not (stride[0] | stride[1] | stride[2]) % 8
+        )
         if not apart or t.data_ptr() % 16 or not t.numel():
             return [None] * len(tensors)
         width = p.constants["BLOCK_D" if shape[-1] == p.constants["D"] else "BLOCK_DV"]

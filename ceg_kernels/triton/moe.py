@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import cdiv, gpu_of, launch, next_power_of_2, unit_stride
+from ceg_kernels.triton.launch import cdiv, empty_like, gpu_of, launch, next_power_of_2, unit_stride
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def combine_backward(dout, y, slots, sources, weights):
     """Schema of ceg::moe_combine_backward. ValueError as `dispatch`."""
     dout, y, (n, top_k) = unit_stride(dout), unit_stride(y), slots.shape
     _check(slots, sources, y.shape[0])
-    dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape)
+    dy, dweights = empty_like(y), empty_like(weights)
     rows, block = _tile(y.shape[1], top_k)
     launch(
         moe_combine_bwd_kernel, (cdiv(n, rows),),

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import cdiv, gpu_of, launch, next_power_of_2
+from ceg_kernels.triton.launch import cdiv, empty_like, gpu_of, launch, next_power_of_2
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def moe_index(expert_ids, num_experts, capacity):
     if n > 2**31 - 1:
         raise ValueError(f"expert_ids must have at most 2^31 - 1 elements, got {n}")
     ids = expert_ids.contiguous()
-    slots, sources = ids.new_empty(ids.shape), ids.new_empty(n)
+    slots, sources = empty_like(ids), ids.new_empty(n)
     offsets = ids.new_empty(num_experts + 1)
     chunk = max(1, cdiv(n, STEP * MOST_CHUNKS)) * STEP
     chunks = max(1, cdiv(n, chunk))

@@ -17,7 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import Gpu, cdiv, gpu_of, launch, next_power_of_2, unit_stride
+from ceg_kernels.triton.launch import (
+    Gpu,
+    cdiv,
+    empty_like,
+    gpu_of,
+    launch,
+    next_power_of_2,
+    unit_stride,
+)
 
 
 @triton.jit
@@ -224,7 +232,7 @@ def forward(logits, bias, top_k, score, renormalize):
 def backward(dweights, logits, expert_ids, score, renormalize):
     """Schema of ceg::moe_route_backward."""
     logits, (n, top_k) = unit_stride(logits), expert_ids.shape
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = empty_like(logits)
     tile = _tile(logits.shape[1], top_k, gpu_of(logits))
     launch(
         moe_route_bwd_kernel, (cdiv(n, tile["ROWS"]),),

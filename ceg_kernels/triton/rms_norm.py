@@ -18,7 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import Gpu, as_rows, cdiv, gpu_of, launch, next_power_of_2
+from ceg_kernels.triton.launch import (
+    Gpu,
+    as_rows,
+    cdiv,
+    empty_like,
+    gpu_of,
+    launch,
+    next_power_of_2,
+)
 
 
 @triton.jit
@@ -47,7 +55,7 @@ def _scaled(v, p_weight, weight_offset, o_col, D: tl.constexpr):
 @triton.jit
 def _rstd(squares, eps, D: tl.constexpr):
     # Correctly rounded: one number a row costs nothing, and the approximate rsqrt errs by 2 ulp.
-    return tl.div_rn(1.0, tl.sqrt_rn(squares / D + eps))
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, D * 1.0) + eps))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -102,9 +110,14 @@ def rms_norm_long_fwd_kernel(
 
 
 @triton.jit
+def _tiles(n_rows, ROWS: tl.constexpr):
+    return (n_rows - 1) // ROWS + 1  # tl.cdiv overflows just below 2^31 rows
+
+
+@triton.jit
 def _dx(g, h, rstd, along, D: tl.constexpr):
     """The gradient of h where `along` is the sum of g * h over the row."""
-    projection = along * rstd * rstd * rstd / D
+    projection = tl.div_rn(along * rstd * rstd * rstd, D * 1.0)
     return g * rstd[:, None] - h * projection[:, None]
 
 
@@ -115,7 +128,7 @@ def rms_norm_bwd_kernel(
 ):  # fmt: skip
     o_col = tl.arange(0, BLOCK)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), _tiles(n_rows, ROWS), tl.num_programs(0)):
         o_row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_row = o_row < n_rows
         m = m_row[:, None] & (o_col < D)[None, :]
@@ -174,7 +187,7 @@ def rms_norm_long_partials_kernel(
     """dweight of BLOCK columns over every tile of rows that is this program's."""
     o_col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(tl.program_id(1), tl.cdiv(n_rows, ROWS), tl.num_programs(1)):
+    for tile in tl.range(tl.program_id(1), _tiles(n_rows, ROWS), tl.num_programs(1)):
         o_row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_row = o_row < n_rows
         m = m_row[:, None] & (o_col < D)[None, :]
@@ -229,8 +242,8 @@ def forward(x, weight, residual, eps, weight_offset):
     """Schema of ceg::rms_norm."""
     rows, size = as_rows(x), x.shape[-1]
     more = None if residual is None else as_rows(residual)
-    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    summed = x.new_empty(0 if residual is None else x.shape)
+    y, rstd = empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    summed = x.new_empty(0) if residual is None else empty_like(x)
     tile = tile_of(size, LONGEST_FWD, gpu_of(x))
     kernel = rms_norm_fwd_kernel if size <= LONGEST_FWD else rms_norm_long_fwd_kernel
     launch(
@@ -246,7 +259,7 @@ def backward(dy, dh, h, weight, rstd, weight_offset):
     """Schema of ceg::rms_norm_backward."""
     dy, rows, rstd = as_rows(dy), as_rows(h), rstd.reshape(-1)
     more = None if dh is None else as_rows(dh)
-    dx = h.new_empty(h.shape)
+    dx = empty_like(h)
     gpu, (n_rows, size) = gpu_of(h), rows.shape
     strides = dy.stride(0), 0 if more is None else more.stride(0), rows.stride(0)
     if size > LONGEST_BWD:
@@ -283,7 +296,7 @@ def _long_dweight(dy, h, rstd, weight, gpu):
 
 
 def _dweight(partials, weight):
-    dweight = weight.new_empty(weight.shape)
+    dweight = empty_like(weight)
     launch(
         rms_norm_dweight_kernel, (cdiv(partials.shape[1], 32),),
         partials, dweight, partials.shape[0], D=partials.shape[1], ROWS=64, BLOCK=32, warps=4,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ceg_kernels.triton.launch import cdiv, gpu_of, launch, next_power_of_2, unit_stride
+from ceg_kernels.triton.launch import cdiv, empty_like, gpu_of, launch, next_power_of_2, unit_stride
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def rope(q, k, cos, sin, positions, interleaved, inverse):
     if batch * length >= 2**31 - 1024:  # less what the last program reaches beyond
         raise ValueError(f"q must have fewer than 2^31 - 1024 tokens, got {batch * length}")
     q, k, cos, sin = (unit_stride(t) for t in (q, k, cos, sin))
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty_like(q), empty_like(k)
     half = cos.shape[1]
     pairs = next_power_of_2(max(half, 1))
     per_program = PER_THREAD * THREADS

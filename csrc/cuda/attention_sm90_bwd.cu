@@ -38,6 +38,8 @@ __global__ void __launch_bounds__(OnePassTile<kD>::kThreads, 1)
   run_roles<OnePassTile<kD>>(
       args, [&](const Shared& shared) { produce(args, shared); },
       [&](const Shared& shared) { OnePassConsumer<T, kD, kPlain>(shared, args.of).run(); });
+#else
+  __trap();  // code for another GPU must not leave the output as it was
 #endif
 }
 

@@ -179,6 +179,8 @@ __global__ void __launch_bounds__(ForwardTile<kD, kPlain>::kThreads, 1)
   run_roles<ForwardTile<kD, kPlain>>(
       args, [&](const Shared& shared) { produce(args, shared); },
       [&](const Shared& shared) { Consumer<T, kD, kPlain>(shared, args.of).run(); });
+#else
+  __trap();  // code for another GPU must not leave the output as it was
 #endif
 }
 

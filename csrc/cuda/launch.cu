@@ -49,7 +49,7 @@ Device launch_device(const char* name, const Tensor& t) {
 
 OnDevice::OnDevice(const Device& device) : before_(device.index) {
   check_call(cudaGetDevice(&before_), "cudaGetDevice");
-  if (before_ != device.index) check_call(cudaSetDevice(device.index), "cudaSetDevice");
+  check_call(cudaSetDevice(device.index), "cudaSetDevice");
 }
 OnDevice::~OnDevice() {
   int now = before_;
@@ -78,8 +78,7 @@ void check_launch(const Launch& at, cudaError_t status) {
 }
 
 void allow_shared_memory(const Launch& at, const void* kernel) {
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (at.shared_bytes <= kWithoutAsking) return;
+  if (at.shared_bytes <= kDynamicWithoutAsking) return;
   check_launch(at, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(at.shared_bytes)));
 }

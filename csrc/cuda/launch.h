@@ -20,7 +20,8 @@ struct Launch {
 // Where the arrays beside `t` have to be; an error where that is not a GPU.
 Device launch_device(const char* name, const Tensor& t);
 
-// Makes a device the current one for as long as it lives.
+// Makes a device the current one for as long as it lives, and its context the calling thread's: the
+// driver's own calls (tensor maps) need one and, unlike the runtime's, make none.
 class OnDevice {
  public:
   explicit OnDevice(const Device& device);
@@ -44,9 +45,14 @@ size_t shared_memory_limit();  // bytes that a block may ask for
 void check_call(cudaError_t status, const char* call);
 int device_attribute(cudaDeviceAttr which);  // of the current device
 void check_launch(const Launch& at, cudaError_t status);
-// Above 48 KiB a kernel has to be allowed its shared memory first.
 void allow_shared_memory(const Launch& at, const void* kernel);
 #endif
+
+// A block has 48 KiB of shared memory, static and dynamic; a kernel that wants more has to be
+// allowed its dynamic part first. So is one that may come near, as its static part is known to nvcc
+// alone.
+constexpr size_t kSharedBytes = 48 << 10;
+constexpr size_t kDynamicWithoutAsking = 32 << 10;
 
 // kernel<<<grid, block>>>(arguments...); an empty grid launches nothing.
 template <class... Parameters, class... Arguments>
@@ -54,7 +60,9 @@ void launch(const Launch& at, void (*kernel)(Parameters...), Arguments&&... argu
   if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return;
 #ifdef CEG_CUDA_SIM
   const std::tuple<std::remove_cv_t<Parameters>...> given(std::forward<Arguments>(arguments)...);
-  sim::run_grid(at.name, at.grid, at.block, at.shared_bytes, [&] { std::apply(kernel, given); });
+  const bool asks = at.shared_bytes > kDynamicWithoutAsking;
+  sim::run_grid(at.name, at.grid, at.block, at.shared_bytes,
+                asks ? shared_memory_limit() : kSharedBytes, [&] { std::apply(kernel, given); });
 #else
   allow_shared_memory(at, reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};

@@ -162,9 +162,9 @@ void check_matrix(const char* name, const Tensor& t) {
   check_shape(name, t, {-1, -1});
   check_dtype(name, t, {DType::f32, DType::bf16, DType::f16});
   check_rows(name, t, launch_device(name, t));
-  constexpr int64_t kWidest = 1 << 22;  // the grid's second dimension has 65535 tiles
+  constexpr int64_t kWidest = 1 << 20;  // the grid's second dimension has 65535 tiles of 32
   CEG_CHECK(t.shape[0] <= INT32_MAX && t.shape[1] <= kWidest, name,
-            " must have at most 2^31 - 1 rows of at most 2^22 elements, got ", shape_text(t));
+            " must have at most 2^31 - 1 rows of at most 2^20 elements, got ", shape_text(t));
 }
 
 void check_weights(const char* name, const Tensor& t, const Tensor& slots, const Tensor& rows) {

@@ -55,7 +55,9 @@ struct Free {
 
 struct Block {
   const char* name;
-  size_t shared_bytes;
+  size_t shared_bytes;  // dynamic
+  size_t shared_most;   // static and dynamic
+  size_t shared_used;
   const std::function<void()>* body;
   unsigned threads;
   std::map<const void*, std::unique_ptr<void, Free>> shared;
@@ -218,7 +220,7 @@ Device& device() {
 std::vector<std::string> launched() { return std::exchange(names(), {}); }
 void launching(const char* name) { names().push_back(name); }
 
-void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
+void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, size_t shared_most,
               const std::function<void()>& body) {
   static std::mutex one_launch;
   const std::lock_guard lock(one_launch);
@@ -227,6 +229,7 @@ void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
   Block running{};
   running.name = name;
   running.shared_bytes = shared_bytes;
+  running.shared_most = shared_most;
   running.body = &body;
   running.threads = dim.x * dim.y * dim.z;
   while (threads().size() < running.threads) threads().push_back(std::make_unique<Thread>());
@@ -236,6 +239,7 @@ void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
   for (unsigned i : order_of(grid.x * grid.y * grid.z, 0)) {
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     running.shared.clear();
+    running.shared_used = 0;
     running.state.clear();
     for (Barrier& barrier : running.barriers) barrier = {};
     run_block(i);
@@ -245,6 +249,12 @@ void run_grid(const char* name, dim3 grid, dim3 dim, size_t shared_bytes,
 void* shared_memory(const void* key, size_t bytes) {
   auto& memory = block->shared[key];
   if (!memory) {
+    // What is dynamic starts at a multiple of kAlign, and so does all the rest here.
+    block->shared_used = (block->shared_used + kAlign - 1) / kAlign * kAlign + bytes;
+    if (block->shared_used > block->shared_most) {
+      fail("static and dynamic shared memory of " + std::to_string(block->shared_used) +
+           " bytes, where the launch was allowed " + std::to_string(block->shared_most));
+    }
     void* made = nullptr;
     if (posix_memalign(&made, kAlign, bytes) != 0) throw std::bad_alloc();
     std::memset(made, 0xff, bytes);

@@ -42,7 +42,8 @@ void launching(const char* name);
 
 // Throws std::runtime_error where threads wait for what cannot come any more, and whatever a thread
 // throws. `name`, of the kernel, is for these errors.
-void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+// `shared_most`: what the launch was allowed for static and dynamic shared memory together.
+void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_most,
               const std::function<void()>& thread);
 
 // Of the running block: the same address for the same key; filled with bytes 0xff, which are NaN in
