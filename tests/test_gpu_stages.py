@@ -8,7 +8,9 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +135,45 @@ def test_a_failure_stops_neither_its_stage_nor_the_next(tmp_path, capsys):
     assert printed.endswith("failed: one hangs, two fails, two absent\n")
     time.sleep(max(0.0, 3.0 - (time.monotonic() - began)))
     assert not marker.exists()  # what the command started ended with it
+
+
+def test_what_follows_a_build_that_failed_is_left_out(tmp_path):
+    marker = tmp_path / "ran"
+    tests = gpu.Stage("test", 9.0, [python("t", f"open({str(marker)!r}, 'w')")])
+    assert gpu.run([gpu.Stage("build", 9.0, [python("build", "1 / 0")]), tests], tmp_path, {}) == 1
+    assert not marker.exists()
+
+
+def test_tests_that_run_out_of_time_leave_their_report(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_errs():\n    assert False\ndef test_hangs():\n    time.sleep(60)\n"
+    )
+    command = gpu.Command("tests", [sys.executable, "-m", "pytest", str(tmp_path / "test_it.py"),
+                                    f"--junitxml={tmp_path / 'report.xml'}", "--rootdir",
+                                    str(tmp_path), "-c", os.devnull])  # fmt: skip
+    log = tmp_path / "log"
+    assert gpu.run_command(command, log, time.monotonic() + 20.0, grace_s=12.0) == "timed out"
+    assert "test_errs" in (tmp_path / "report.xml").read_text()
+    assert "KeyboardInterrupt" in log.read_text()
+
+
+def test_what_it_started_ends_with_it(tmp_path):
+    marker = tmp_path / "child"
+    child = f"import time; time.sleep(3); open({str(marker)!r}, 'w')"
+    code = f"""
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import gpu
+signal.signal(signal.SIGTERM, gpu.end_all)
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+command = gpu.Command("c", [sys.executable, "-c", {child!r}])
+gpu.run_command(command, Path({str(tmp_path / "log")!r}), time.monotonic() + 30)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    time.sleep(3.5)
+    assert not marker.exists()
 
 
 def test_a_stage_alone_adds_to_what_others_of_that_gpu_and_source_left(tmp_path):
@@ -302,6 +343,19 @@ def test_a_sanitizer_that_found_something_forbids_it(folder):
     assert recorded(folder)["rope"]["sm_90"]["sanitized"] == "memcheck racecheck"
 
 
+def test_a_sanitizer_that_did_not_end_found_nothing_and_is_not_named(folder):
+    write(folder, sanitize={"memcheck-rope": "ok", "racecheck-rope": "timed out"})
+    assert recorded(folder)["rope"]["sm_90"]["sanitized"] == "memcheck"
+
+
+@pytest.mark.parametrize("group", ["cuda-rope", "cuda-gradients"])
+def test_tests_that_ran_out_of_time_forbid_it(folder, group):
+    write(folder, test={"fresh": "ok", group: "timed out"})
+    assert recorded(folder) == {}
+    write(folder, test={"fresh": "ok", "cuda-moe": "timed out", "triton-rope": "timed out"})
+    assert set(recorded(folder)) == {"rope"}
+
+
 @pytest.mark.parametrize(
     ("written", "match"),
     [
@@ -324,6 +378,15 @@ def test_a_run_without_a_checkout_takes_its_commit_from_one_with_the_same_source
     write(folder, commit=None, sources=validation.sources())
     monkeypatch.setattr(validation, "commit", lambda: "def")
     assert recorded(folder)["rope"]["sm_90"]["commit"] == "def"
+    monkeypatch.setattr(validation, "commit", lambda: None)
+    assert recorded(folder) == {}  # what passed is recorded where the checkout is
+
+
+def test_a_checkout_that_git_refuses_is_none(tmp_path, monkeypatch):
+    (tmp_path / ".git").write_text("gitdir: /nowhere")
+    assert validation.commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert validation.commit(tmp_path) is None
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

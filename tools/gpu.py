@@ -4,14 +4,15 @@
     python tools/gpu.py test bench         some of them; one alone has all of the time
 
 It needs torch with CUDA and what the tests import, and installs nothing. A stage that fails does
-not stop the next; the exit status is 1 if any failed, 2 where there is no GPU. Each command's log,
-the tests' reports and results.json go to --out. Kernels are tested in processes of their own,
-because an access to a wrong address ends every later call of its process.
+not stop the next, but for the build; the exit status is 1 if any failed, 2 where there is no GPU.
+Each command's log, the tests' reports and results.json go to --out. Kernels are tested in processes
+of their own, because an access to a wrong address ends every later call of its process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,6 +37,9 @@ FAMILIES = {
 ON_EACH_DEVICE = {"gradients": ("autograd", "nn", "faults"), "models": ("model", "train_devices")}
 OLDEST = (8, 0)
 ALL_S = 530.0
+GRACE_S = 10.0  # between asking a command to end, so that pytest writes its report, and its end
+
+LIVE: set[subprocess.Popen] = set()
 
 
 class NoGpuError(Exception):
@@ -138,10 +142,12 @@ def stages(gpu: Gpu, out: Path, shapes: str = "quick") -> list[Stage]:
 def test_groups() -> dict[str, list[str]]:
     """Arguments of pytest for each process; together, every test that has tensors on a GPU."""
     groups = {}
-    for backend in ("cuda", "triton"):
-        for family, ops in FAMILIES.items():
-            chosen = " or ".join(f"{op}-{backend}" for op in ops)
-            groups[f"{backend}-{family}"] = ["tests/test_ops.py", "tests/test_gpu.py", "-k", chosen]
+    of_ops = ["tests/test_ops.py", "tests/test_gpu.py", "-k"]
+    # First what takes longest: Triton compiles each op's kernels for a minute or two.
+    for op in (op for ops in FAMILIES.values() for op in ops):
+        groups[f"triton-{op}"] = [*of_ops, f"{op}-triton"]
+    for family, ops in FAMILIES.items():
+        groups[f"cuda-{family}"] = [*of_ops, " or ".join(f"{op}-cuda" for op in ops)]
     for name, files in ON_EACH_DEVICE.items():
         paths = [f"tests/test_{file}.py" for file in files]
         groups[f"cuda-{name}"] = [*paths, "-k", "cuda and not triton"]
@@ -151,8 +157,10 @@ def test_groups() -> dict[str, list[str]]:
     groups["stock"] = ["tests/test_ops.py", "-k", stock]
     groups["whole"] = ["tests/test_gpu.py", "-k", "whole"]
     # Without those that compile for every target, which takes long and needs no GPU.
+    compiling = ("spill", "does_not_fit", "threads_wait", "descriptors", "the_host_pays")
     for name in ("triton", "triton_attention", "triton_moe", "tune"):
-        groups[f"file-{name}"] = [f"tests/test_{name}.py", "-k", "not spill and not does_not_fit"]
+        without = " and ".join(f"not {test}" for test in compiling)
+        groups[f"file-{name}"] = [f"tests/test_{name}.py", "-k", without]
     groups["others"] = [f"tests/test_{n}.py" for n in ("measure", "native", "cuda_build")]
     return groups
 
@@ -162,9 +170,9 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(beside))
 
 
-def run_command(command: Command, log: Path, deadline: float) -> str:
+def run_command(command: Command, log: Path, deadline: float, grace_s: float = GRACE_S) -> str:
     """ "ok", "failed (STATUS)" or "timed out"; the whole process group ends with it."""
-    env = {**os.environ, **command.env}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **command.env}
     with log.open("w") as file:
         try:
             process = subprocess.Popen(
@@ -174,13 +182,29 @@ def run_command(command: Command, log: Path, deadline: float) -> str:
         except OSError as error:
             file.write(f"{error}\n")
             return f"failed ({error.strerror})"
+        LIVE.add(process)
         try:
-            status = process.wait(max(deadline - time.monotonic(), 0.0))
+            left = deadline - time.monotonic()
+            status = process.wait(max(left - grace_s, 0.5 * left, 0.0))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.0))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return "timed out"
+        finally:
+            LIVE.discard(process)
     return "ok" if status == 0 else f"failed ({status})"
+
+
+def end_all(number: int, _frame: object) -> None:
+    """Commands have process groups of their own, which would outlive this one."""
+    for process in list(LIVE):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def run_stage(stage: Stage, out: Path, limit_s: float) -> dict[str, str]:
@@ -222,6 +246,8 @@ def run(chosen: Sequence[Stage], out: Path, about: dict, total_s: float = ALL_S)
         results["stages"][stage.name] = outcomes
         path.write_text(json.dumps(results, indent=1) + "\n")
         failed += [f"{stage.name} {n}" for n, outcome in outcomes.items() if outcome != "ok"]
+        if stage.name == "build" and failed:
+            break  # what follows would test another build
     print(f"failed: {', '.join(failed)}" if failed else "all stages passed", flush=True)
     return 1 if failed else 0
 
@@ -244,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import validation
 
     out = asked.out.resolve()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_all)
     print(f"{gpu.name} ({gpu.family}); logs in {out}", flush=True)
     chosen = [s for s in stages(gpu, out, asked.shapes) if not asked.stage or s.name in asked.stage]
     return run(chosen, out, validation.about(gpu.name, gpu.family))

@@ -3,14 +3,16 @@
     python tools/validation.py FOLDER      # where tools/gpu.py left its reports
 
 An op is recorded for the family of the GPU if its accuracy was tested there and passed, none of its
-tests failed, and no sanitizer that ran found anything. The folder may come from another machine: a
-run without a git checkout takes its commit from this one, if the sources are the same.
+tests failed or ran out of time, and no sanitizer that ran to its end found anything. The folder may
+come from another machine: a run without a git checkout takes its commit from this one, if the
+sources are the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "ceg_kernels" / "validated.json"
+FOUND = "failed (9)"  # a sanitizer's, as tools/gpu.py asks for it
+SHARED = ("gradients", "models")  # tests of several kernels
 PROPERTY = "cuda_kernel"  # that tests/conftest.py gives to the tests of a kernel on a GPU
 
 
@@ -39,7 +43,7 @@ def sources(root: Path = ROOT) -> str:
 
 def commit(root: Path = ROOT) -> str | None:
     """The checkout's commit, with "-dirty" where what is tested differs from it."""
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
 
     def git(*arguments: str) -> str:
@@ -48,8 +52,11 @@ def commit(root: Path = ROOT) -> str | None:
 
     # Rows and validations are what a run writes.
     written = (":!bench/results", ":!ceg_kernels/validated.json")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
-    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except subprocess.CalledProcessError:  # another user's, or half of one
+        return None
 
 
 def verdicts(folder: Path) -> dict[str, str | None]:
@@ -73,11 +80,24 @@ def verdicts(folder: Path) -> dict[str, str | None]:
 
 
 def sanitized(op: str, stages: dict[str, dict[str, str]]) -> tuple[list[str], str | None]:
-    """The tools that passed over it, and why one did not."""
+    """The tools that passed over it, and what one found.
+
+    One that ran out of time or does not know the device has found nothing, and is not named.
+    """
     done = stages.get("sanitize", {})
     mine = {name: how for name, how in done.items() if op.startswith(name.partition("-")[2])}
-    wrong = [f"{name} {how}" for name, how in mine.items() if how != "ok"]
-    return sorted(name.partition("-")[0] for name in mine), wrong[0] if wrong else None
+    wrong = [f"{name} {how}" for name, how in mine.items() if how == FOUND]
+    passed = sorted(name.partition("-")[0] for name, how in mine.items() if how == "ok")
+    return passed, wrong[0] if wrong else None
+
+
+def unfinished(op: str, stages: dict[str, dict[str, str]]) -> str | None:
+    """Which tests of its CUDA kernels ran out of time: their report has only some of them."""
+    for name, how in stages.get("test", {}).items():
+        backend, _, of = name.partition("-")
+        if backend == "cuda" and how == "timed out" and (op.startswith(of) or of in SHARED):
+            return f"{name} timed out"
+    return None
 
 
 def record(folder: Path, target: Path = TARGET) -> int:
@@ -93,6 +113,11 @@ def record(folder: Path, target: Path = TARGET) -> int:
     tested = of["commit"]
     if tested is None and of["sources"] == sources():
         tested = commit()
+        if tested is None:
+            print(
+                f"no checkout here: in one of these sources, tools/validation.py {folder} records"
+            )
+            return 0
     if tested is None or tested.endswith("-dirty"):
         raise ValueError(
             f"the run must be of a commit, got {tested or 'sources that are not here'}"
@@ -107,7 +132,7 @@ def record(folder: Path, target: Path = TARGET) -> int:
     unseen = {op: "no report" for op, families in table.items() if of["family"] in families}
     for op, why in sorted((unseen | verdicts(folder)).items()):
         tools, wrong = sanitized(op, stages)
-        why = why or wrong
+        why = why or unfinished(op, stages) or wrong
         print(f"{op}: {why or 'validated on ' + of['family']}")
         # What failed now is not what passed earlier.
         table.setdefault(op, {}).pop(of["family"], None)

@@ -101,11 +101,16 @@ def run(q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes, sink, scale, causal, le
     if q.device.type == "cpu":
         tail = alibi_slopes, sink, scale, causal, left, right, softcap
         return _cpu(q, k, v, cu_q, cu_k, max_q, max_k, *tail)
+    if q.numel() == 0 or k.numel() == 0:
+        tail = alibi_slopes, sink, scale, causal, left, right, softcap
+        return reference(q, k, v, cu_q, cu_k, max_q, max_k, *tail)
+    q, k, v = map(native.unit_stride, (q, k, v))
     out, lse, *_ = aten._flash_attention_forward(
         q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale,
         window_size_left=_side(left), window_size_right=0 if causal else _side(right),
     )  # fmt: skip
-    return _with_sink(out, lse, sink)
+    # FlashAttention-2 has +inf for rows that see nothing, so that exp(x - lse) is 0 there.
+    return _with_sink(out, lse.masked_fill(lse == torch.inf, -torch.inf), sink)
 
 
 def run_backward(
@@ -115,11 +120,13 @@ def run_backward(
     tail = alibi_slopes, sink, scale, causal, left, right, softcap
     if q.device.type == "cpu":
         return _cpu_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *tail)
-    if dlse is not None:
+    if dlse is not None or q.numel() == 0 or k.numel() == 0:
         return reference_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *tail)
+    dout, q, k, v, out = map(native.unit_stride, (dout, q, k, v, out))
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     dq, dk, dv = aten._flash_attention_backward(
-        dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, no_dropout,
+        dout, q, k, v, out, lse.masked_fill(lse == -torch.inf, torch.inf), cu_q, cu_k,
+        max_q, max_k, 0.0, causal, no_dropout,
         torch.zeros((), dtype=torch.uint64, device=q.device), scale=scale,
         window_size_left=_side(left), window_size_right=0 if causal else _side(right),
     )  # fmt: skip
