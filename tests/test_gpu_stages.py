@@ -152,6 +152,7 @@ def test_tests_that_run_out_of_time_leave_their_report(tmp_path):
                                     f"--junitxml={tmp_path / 'report.xml'}", "--rootdir",
                                     str(tmp_path), "-c", os.devnull])  # fmt: skip
     log = tmp_path / "log"
+    gpu.hear_interrupts()
     assert gpu.run_command(command, log, time.monotonic() + 20.0, grace_s=12.0) == "timed out"
     assert "test_errs" in (tmp_path / "report.xml").read_text()
     assert "KeyboardInterrupt" in log.read_text()

@@ -199,6 +199,11 @@ def run_command(command: Command, log: Path, deadline: float, grace_s: float = G
     return "ok" if status == 0 else f"failed ({status})"
 
 
+def hear_interrupts() -> None:
+    """Also where a shell started this in the background, whose children inherit deaf ears."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end_all(number: int, _frame: object) -> None:
     """Commands have process groups of their own, which would outlive this one."""
     for process in list(LIVE):
@@ -270,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import validation
 
     out = asked.out.resolve()
+    hear_interrupts()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end_all)
     print(f"{gpu.name} ({gpu.family}); logs in {out}", flush=True)
