@@ -344,9 +344,12 @@ def test_a_sanitizer_that_found_something_forbids_it(folder):
     assert recorded(folder)["rope"]["sm_90"]["sanitized"] == "memcheck racecheck"
 
 
-def test_a_sanitizer_that_did_not_end_found_nothing_and_is_not_named(folder):
+def test_a_sanitizer_that_ran_out_of_time_does_not_count_and_is_said(folder, capsys):
     write(folder, sanitize={"memcheck-rope": "ok", "racecheck-rope": "timed out"})
     assert recorded(folder)["rope"]["sm_90"]["sanitized"] == "memcheck"
+    assert "racecheck-rope timed out: it does not count" in capsys.readouterr().out
+    write(folder, sanitize={"memcheck-rope": "ok", "racecheck-rope": "failed (1)"})
+    assert recorded(folder) == {}
 
 
 @pytest.mark.parametrize("group", ["cuda-rope", "cuda-gradients"])

@@ -98,19 +98,19 @@ _cpu, _cpu_backward = varlen(_dense), varlen_backward(_dense_backward)
 
 
 def run(q, k, v, cu_q, cu_k, max_q, max_k, alibi_slopes, sink, scale, causal, left, right, softcap):
+    tail = alibi_slopes, sink, scale, causal, left, right, softcap
     if q.device.type == "cpu":
-        tail = alibi_slopes, sink, scale, causal, left, right, softcap
         return _cpu(q, k, v, cu_q, cu_k, max_q, max_k, *tail)
     if q.numel() == 0 or k.numel() == 0:
-        tail = alibi_slopes, sink, scale, causal, left, right, softcap
         return reference(q, k, v, cu_q, cu_k, max_q, max_k, *tail)
     q, k, v = map(native.unit_stride, (q, k, v))
     out, lse, *_ = aten._flash_attention_forward(
         q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale,
         window_size_left=_side(left), window_size_right=0 if causal else _side(right),
     )  # fmt: skip
-    # FlashAttention-2 has +inf for rows that see nothing, so that exp(x - lse) is 0 there.
-    return _with_sink(out, lse.masked_fill(lse == torch.inf, -torch.inf), sink)
+    if _may_be_blind(q, k, cu_q):
+        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    return _with_sink(out, lse, sink)
 
 
 def run_backward(
@@ -123,14 +123,22 @@ def run_backward(
     if dlse is not None or q.numel() == 0 or k.numel() == 0:
         return reference_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, *tail)
     dout, q, k, v, out = map(native.unit_stride, (dout, q, k, v, out))
+    theirs = lse.masked_fill(lse == -torch.inf, torch.inf) if _may_be_blind(q, k, cu_q) else lse
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     dq, dk, dv = aten._flash_attention_backward(
-        dout, q, k, v, out, lse.masked_fill(lse == -torch.inf, torch.inf), cu_q, cu_k,
-        max_q, max_k, 0.0, causal, no_dropout,
+        dout, q, k, v, out, theirs, cu_q, cu_k, max_q, max_k, 0.0, causal, no_dropout,
         torch.zeros((), dtype=torch.uint64, device=q.device), scale=scale,
         window_size_left=_side(left), window_size_right=0 if causal else _side(right),
     )  # fmt: skip
     return dq, dk, dv, _sink_gradient(dout, out, lse, sink)
+
+
+def _may_be_blind(q, k, cu_q) -> bool:
+    """Whether a row may see nothing, whose lse is +inf in FlashAttention-2: exp(x - lse) is 0 then.
+
+    With as many keys as queries each sees at least its own; stock torch is not to pay for it there.
+    """
+    return cu_q is not None or q.shape[1] > k.shape[1]
 
 
 def _side(size: int) -> int | None:
